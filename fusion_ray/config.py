@@ -1,0 +1,393 @@
+"""FusionConfig: one frozen pydantic model a section of the run's YAML (design.md section 3). Imports no torch and no ray.
+
+`load_config(path, overrides)` reads the YAML, applies `key.sub=value` overrides, resolves relative paths against the YAML's own folder and refuses
+unknown keys with the nearest known one named. Called by the command line and the jobs; everything below receives plain values.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+Name = Annotated[str, Field(pattern=NAME)]
+Scalar = str | int | float | bool | None
+EngineArgs = dict[str, Scalar | list[Scalar] | dict[str, Scalar]]
+
+
+class ConfigError(ValueError):
+    """A config the user must mend; the message names the key. The command line exits with 2."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class RunConfig(Section):
+    name: Name = "run"
+    storage: str = Field("runs", description="any fsspec URL; a relative path is relative to the working directory")
+    seed: int = Field(0, ge=0)
+
+
+class ModelConfig(Section):
+    """A model reference: a local folder, an object-store URL or a hub id with a revision."""
+
+    name: Name
+    path: str = Field(min_length=1)
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+class PivotConfig(ModelConfig):
+    name: Name = "pivot"
+
+
+class CorpusConfig(Section):
+    path: str | tuple[str, ...]
+    format: Literal["auto", "sharegpt", "messages", "alpaca"] = "auto"
+    rows_per_shard: int = Field(256, ge=1)
+    max_rows: int | None = Field(None, ge=1)
+    max_rejected: float = Field(0.01, ge=0, le=1, description="share of malformed rows past which the run fails")
+    template: Literal["native", "pivot"] = "native"
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+
+class TeachConfig(Section):
+    top_k: int = Field(10, ge=1, le=1024)
+    max_length: int = Field(2048, ge=8, description="tokens; longer rows are cut at a token boundary and counted")
+    engine: EngineArgs = Field(default_factory=dict, description="vLLM engine arguments that change the result")
+
+
+class AlignConfig(Section):
+    method: Literal["spans", "fusechat"] = "spans"
+    map: Literal["exact", "prefix", "min_edit", "statistics"] = "prefix"
+    inside: Literal["skip", "label", "condition"] = "skip"
+    duplicates: Literal["sum", "first"] = "sum"
+    choose: Literal["min_ce", "source", "pivot"] = "min_ce"
+    per: Literal["sequence", "token"] = "sequence"
+    unit: Literal["byte", "token"] = "byte"
+
+
+class DistillConfig(Section):
+    fusion: Literal["top_k", "none"] = Field("top_k", description="none: the SFT-only control")
+    lm_weight: float = Field(0.9, ge=0, le=1)
+    on_pivot_win: Literal["distill", "sft"] = "distill"
+    divergence: Literal["ce", "kl", "reverse_kl", "jsd"] = "ce"
+    tail: Literal["renormalise", "bucket"] = "renormalise"
+    temperature: float = Field(1.0, gt=0)
+    epochs: int = Field(3, ge=1)
+    batch_size: int = Field(128, ge=1, description="conversations in a global batch, whatever the number of workers")
+    micro_batch_size: int = Field(4, ge=1, description="conversations in one forward of one worker")
+    learning_rate: float = Field(5e-6, gt=0)
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_length: int = Field(2048, ge=8)
+    precision: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="compute; master weights are always float32"
+    )
+    export_dtype: Literal["float32", "bfloat16", "float16", "pivot"] = "pivot"
+    gradient_checkpointing: bool = False
+    zero_stage: Literal[1, 2, 3] = 2
+    deepspeed: dict[str, object] = Field(default_factory=dict, description="DeepSpeed keys laid over the defaults")
+    head_chunk: int = Field(1024, ge=1, description="positions whose full-vocabulary logits exist at a time")
+    checkpoint_every: int = Field(100, ge=1, description="optimizer steps")
+    sft_control: bool = Field(False, description="also train the SFT-only control on the same data and steps")
+
+
+class MergeMethod(Section):
+    """One merge of all targets. `name` labels the fused model; parameters that the method does not take are refused by the method."""
+
+    method: str
+    name: Name | None = None
+    granularity: Literal["parameter", "matrix", "layer", "model"] | None = None
+    variant: Literal["paper", "fusechat_release", "mergekit"] | None = None
+    select_topk: float | None = Field(None, gt=0, le=1)
+    square: bool | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name or self.method
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """What was set, as keyword arguments for the method."""
+        return self.model_dump(exclude={"method", "name"}, exclude_none=True)
+
+
+class MergeConfig(Section):
+    methods: tuple[MergeMethod, ...] = Field(
+        (MergeMethod(method="varm"),), min_length=1, description="the first one is the model that is served"
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "pivot"] = "pivot"
+    max_bytes_in_flight: int = Field(1 << 30, ge=1 << 16)
+    max_shard_bytes: int = Field(5 << 30, ge=1 << 10)
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> "MergeConfig":
+        labels = [method.label for method in self.methods]
+        twice = {label for label in labels if labels.count(label) > 1}
+        if twice:
+            raise ValueError(f"two merge methods have the label {sorted(twice)[0]!r}: give one of them a `name`")
+        return self
+
+
+class ServeConfig(Section):
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535, description="0 takes a free port")
+    max_model_len: int = Field(2048, ge=8)
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(1, ge=1)
+    target_ongoing_requests: int = Field(32, ge=1)
+    max_ongoing_requests: int = Field(128, ge=1)
+    api_key_env: str = Field(
+        "FUSION_RAY_API_KEY", description="environment variable with the key that clients must send"
+    )
+    engine: EngineArgs = Field(default_factory=dict)
+
+
+class JudgeConfig(Section):
+    """MT-Bench style single-answer grading by any OpenAI-compatible endpoint."""
+
+    questions: str
+    prompts: str
+    references: str | None = None
+    url: str
+    model: str
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = Field(8, ge=1)
+    max_tokens: int = Field(2048, ge=1)
+
+
+class EvaluateConfig(Section):
+    questions: str | None = Field(None, description="FastChat question file with exact references in `reference`")
+    heldout: str | None = Field(None, description="conversations for held-out bits per byte, any format of the corpus")
+    max_tokens: int = Field(1024, ge=1)
+    concurrency: int = Field(16, ge=1)
+    bootstrap: int = Field(2000, ge=100)
+    judge: JudgeConfig | None = None
+
+
+class WorkerResources(Section):
+    """One pool or worker group: actors of `cpus` and `gpus` each, between `min_workers` and `max_workers`."""
+
+    min_workers: int = Field(1, ge=1)
+    max_workers: int = Field(1, ge=1)
+    cpus: float = Field(1, ge=0)
+    gpus: float = Field(0, ge=0)
+    memory_gb: float | None = Field(None, gt=0)
+    engine: EngineArgs = Field(
+        default_factory=dict, description="engine arguments that change speed and memory, not the result"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "WorkerResources":
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"min_workers {self.min_workers} is above max_workers {self.max_workers}")
+        return self
+
+
+class ResourcesConfig(Section):
+    """Where and how wide a run goes; alone differs between a laptop and a cluster and never enters a key."""
+
+    address: str | None = Field(None, description="a running Ray cluster (`auto`, host:port); none starts a local one")
+    num_cpus: int | None = Field(None, ge=1, description="logical CPUs of the local cluster; default: the machine's")
+    object_store_gb: float = Field(1.0, gt=0.07)
+    branches: int = Field(2, ge=1, description="stages of different branches that may run side by side")
+    teach: WorkerResources = WorkerResources()
+    align: WorkerResources = WorkerResources()
+    distill: WorkerResources = WorkerResources()
+    merge: WorkerResources = WorkerResources()
+    serve: WorkerResources = WorkerResources()
+    evaluate: WorkerResources = WorkerResources()
+
+
+class FusionConfig(Section):
+    run: RunConfig = RunConfig()
+    pivot: PivotConfig
+    sources: tuple[ModelConfig, ...] = Field(min_length=1)
+    corpus: CorpusConfig
+    teach: TeachConfig = TeachConfig()
+    align: AlignConfig = AlignConfig()
+    distill: DistillConfig = DistillConfig()
+    merge: MergeConfig = MergeConfig()
+    serve: ServeConfig = ServeConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "FusionConfig":
+        names = [self.pivot.name, *(source.name for source in self.sources)]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(
+                f"two models are named {sorted(twice)[0]!r}: give each of pivot and sources its own `name`"
+            )
+        if "sft" in names:
+            raise ValueError("`sft` is the name of the SFT-only control: name the model otherwise")
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> FusionConfig:
+    """The config in the YAML file `path` with `key.sub=value` overrides laid over it (values are YAML).
+
+    Raises ConfigError, naming the key, for anything that is not a valid config.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the config {str(path)!r}: {error.strerror or error}; give the path of a YAML file such as jobs/configs/demo.yaml"
+        ) from error
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            f"{path} must hold a mapping with the keys {', '.join(FusionConfig.model_fields)}; it holds {type(raw).__name__}"
+        )
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(raw, folder=path.parent)
+
+
+def parse_config(raw: dict[str, object], folder: Path | None = None) -> FusionConfig:
+    """Validate a plain mapping; relative paths of models and data are taken relative to `folder`. Raises ConfigError."""
+    try:
+        config = FusionConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(error))) from error
+    return config if folder is None else _resolve_paths(config, folder.resolve())
+
+
+def _apply_override(raw: dict[str, object], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {override!r} is not of the form key.sub=value, for example run.name=mine")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    node: object = raw
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ConfigError(
+                    f"override {override!r}: {'.'.join(parts[:depth])} is a list of {len(node)}; {part!r} is not an index into it"
+                )
+            index = int(part)
+            if last:
+                node[index] = value
+            node = node[index]
+        elif isinstance(node, dict):
+            if last:
+                node[part] = value
+            elif node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        else:
+            raise ConfigError(
+                f"override {override!r}: {'.'.join(parts[:depth])} is the value {node!r}, which has no keys"
+            )
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(problem["loc"][:-1])
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            yield f"unknown key `{where}`: {hint}"
+        elif problem["type"] == "missing":
+            yield f"missing key `{where}`"
+        else:
+            given = "" if isinstance(problem["input"], dict | list) else f" (given: {problem['input']!r})"
+            yield f"`{where or 'config'}`: {problem['msg'].removeprefix('Value error, ')}{given}"
+
+
+def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = FusionConfig
+    for part in loc:
+        if isinstance(part, int) or part not in model.model_fields:
+            continue
+        found = _section_of(model.model_fields[part].annotation)
+        if found is None:
+            return []
+        model = found
+    return list(model.model_fields)
+
+
+def _section_of(annotation: object) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _section_of(arg)) is not None), None)
+
+
+ModelT = TypeVar("ModelT", bound=ModelConfig)
+
+_URL = re.compile(r"^[a-z][a-z0-9+.-]*://")
+
+
+def is_url(path: str) -> bool:
+    """True for an fsspec URL such as s3://bucket/key, False for a plain path or a hub id."""
+    return bool(_URL.match(path))
+
+
+def _resolve(path: str, folder: Path, *, may_be_hub_id: bool = False) -> str:
+    if is_url(path) or Path(path).expanduser().is_absolute():
+        return path if is_url(path) else str(Path(path).expanduser())
+    resolved = (folder / path).resolve()
+    if may_be_hub_id and not path.startswith(".") and not resolved.exists():
+        return path
+    return str(resolved)
+
+
+def _resolve_paths(config: FusionConfig, folder: Path) -> FusionConfig:
+    """Relative paths of models and data are relative to the YAML's folder; `run.storage` is relative to the working directory."""
+
+    def model(ref: ModelT) -> ModelT:
+        return ref.model_copy(update={"path": _resolve(ref.path, folder, may_be_hub_id=True)})
+
+    def data(path: str | None) -> str | None:
+        return None if path is None else _resolve(path, folder)
+
+    judge = config.evaluate.judge
+    if judge is not None:
+        judge = judge.model_copy(
+            update={key: data(getattr(judge, key)) for key in ("questions", "prompts", "references")}
+        )
+    storage = config.run.storage
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(
+                update={"storage": storage if is_url(storage) else str(Path(storage).expanduser().resolve())}
+            ),
+            "pivot": model(config.pivot),
+            "sources": tuple(model(source) for source in config.sources),
+            "corpus": config.corpus.model_copy(
+                update={"path": tuple(_resolve(path, folder) for path in config.corpus.paths)}
+            ),
+            "evaluate": config.evaluate.model_copy(
+                update={
+                    "questions": data(config.evaluate.questions),
+                    "heldout": data(config.evaluate.heldout),
+                    "judge": judge,
+                }
+            ),
+        }
+    )
