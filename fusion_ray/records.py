@@ -6,10 +6,14 @@ shard n of the corpus, less the rows that were rejected on the way, so that stag
 Legend of letters: N predicting positions of a row, K top-k, T tokens of a row.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
 import pyarrow as pa
+
+# How workers and stages tell their progress: {"done": 3, "total": 8, "unit": "shards", ...figures}. They never print.
+Report = Callable[[Mapping[str, object]], None]
 
 CORPUS_FORMAT = 1
 TEACH_FORMAT = 1
