@@ -1,0 +1,79 @@
+"""The Ray cluster of a run: join the one that is named, or start a local one with token auth, and leave it as it was found.
+
+Called by pipeline.py and the command line; everything else in stages/ finds Ray initialised.
+"""
+
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+
+import ray
+
+from fusion_ray.config import ResourcesConfig
+
+logger = logging.getLogger(__name__)
+
+# Quiet and offline-friendly workers; engines add their own (stack.md of vLLM's CPU variables).
+WORKER_ENV = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "DS_ACCELERATOR_QUIET": "1",
+}
+# A cluster that autoscales GPU nodes takes minutes to start a worker group; Ray Train's own default is 60 s.
+DRIVER_ENV = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+@contextlib.contextmanager
+def connected(resources: ResourcesConfig) -> Iterator[None]:
+    """Ray initialised for the block: `resources.address` or RAY_ADDRESS (a submitted job has it) joins a cluster, else one starts here.
+
+    A local cluster runs with token auth under a token of its own. A cluster that was already joined by this process is used and left alone.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    for name, value in DRIVER_ENV.items():
+        os.environ.setdefault(name, value)
+    address = resources.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        logger.info("joining the Ray cluster at %s", address)
+        ray.init(address=address, runtime_env={"env_vars": WORKER_ENV}, log_to_driver=False, logging_level="ERROR")
+    else:
+        # Set both, else ray.init() writes a token file into the user's home that later flips `ray start` to token mode.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if os.environ["RAY_AUTH_MODE"] == "token":
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        ray.init(
+            num_cpus=resources.num_cpus,
+            object_store_memory=int(resources.object_store_gb * (1 << 30)),
+            include_dashboard=False,
+            runtime_env={"env_vars": WORKER_ENV},
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        logger.info("started a local Ray cluster with %s logical CPUs", int(ray.cluster_resources().get("CPU", 0)))
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_room(resources: ResourcesConfig) -> list[str]:
+    """What the joined cluster lacks for this run, in words; empty when every pool fits. An autoscaling cluster may still grow."""
+    have = ray.cluster_resources()
+    problems = []
+    for name in ("teach", "align", "distill", "merge", "serve", "evaluate"):
+        pool = getattr(resources, name)
+        workers = pool.max_workers if name == "distill" else pool.min_workers
+        for kind, need in (("CPU", pool.cpus * workers), ("GPU", pool.gpus * workers)):
+            if need > have.get(kind, 0):
+                problems.append(f"resources.{name} needs {need:g} {kind}, the cluster has {have.get(kind, 0):g}")
+    return problems
