@@ -49,7 +49,7 @@ class PivotConfig(ModelConfig):
 
 class CorpusConfig(Section):
     path: str | tuple[str, ...]
-    format: Literal["auto", "sharegpt", "messages", "alpaca"] = "auto"
+    format: Literal["auto", "sharegpt", "messages", "alpaca", "prompt"] = "auto"
     rows_per_shard: int = Field(256, ge=1)
     max_rows: int | None = Field(None, ge=1)
     max_rejected: float = Field(0.01, ge=0, le=1, description="share of malformed rows past which the run fails")
