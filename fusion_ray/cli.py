@@ -1,0 +1,210 @@
+"""`fusion-ray ...`: the command line (design.md section 7). Parses before any heavy import; exit codes 0 done, 1 failed, 2 bad usage or config."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fusion_ray.config import ConfigError, FusionConfig, load_config
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fuse chat models of different architectures and tokenizers into one model of the pivot's size.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="the run's YAML, for example jobs/configs/demo.yaml")
+]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value]...", help="values laid over the YAML")]
+Branch = Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="only this branch (repeatable)")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; errors become one clear message, a traceback only with --debug."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        code = app(arguments, standalone_mode=False, prog_name="fusion-ray")
+    except typer.Exit as stop:
+        return stop.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        errors.print("interrupted: what was sealed is kept; the same command goes on from there")
+        return _leave(130)
+    except Exception as error:
+        if debug:
+            raise
+        return _explain(error)
+    return int(code or 0)
+
+
+def _explain(error: Exception) -> int:
+    usage = getattr(error, "format_message", None)  # click's own usage errors
+    if usage is not None:
+        errors.print(f"[red]error:[/red] {usage()}\nsee fusion-ray --help", highlight=False)
+        return 2
+    cause = _root_cause(error)
+    errors.print("[red]error:[/red]", end=" ")
+    errors.print(str(cause).strip() or type(cause).__name__, markup=False, highlight=False, soft_wrap=True)
+    expected = isinstance(cause, ValueError | OSError)
+    if not expected:
+        errors.print(f"({type(cause).__name__}; repeat with --debug for the traceback)", highlight=False)
+    return 2 if isinstance(cause, ConfigError) else 1
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """What a remote task or worker really raised: Ray wraps it, and the wrapper's text is a page of remote traceback."""
+    while True:
+        inner = getattr(error, "cause", None) or getattr(error, "base_exc", None)
+        if not isinstance(inner, BaseException):
+            return error
+        error = inner
+
+
+def _leave(code: int) -> int:
+    """Flush and end at once: threads of a cut-off run wait for Ray and would hold the process."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+        os._exit(code)
+    return code
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
+    """--debug is taken out before parsing, so that it may stand anywhere; it is declared here for --help."""
+
+
+@app.command()
+def run(config: ConfigPath, overrides: Overrides = None) -> None:
+    """The whole graph, from corpus to report. Safe to repeat: what is sealed is not done again."""
+    settings = load_config(config, overrides or [])
+    _work(settings, select=None)
+
+
+def _stage_command(stage: str, text: str) -> Callable[..., None]:
+    def command(config: ConfigPath, overrides: Overrides = None, only: Branch = None) -> None:
+        settings = load_config(config, overrides or [])
+        _work(settings, select=stage, only=only)
+
+    command.__doc__ = text
+    return command
+
+
+app.command("teach")(_stage_command("teach", "Teachers read the corpus: top-k logprobs of every model."))
+app.command("distill")(_stage_command("distill", "Fine-tune one target for each source (and what that needs)."))
+app.command("merge-targets")(_stage_command("merge", "Merge the targets (and what that needs)."))
+app.command("evaluate")(_stage_command("evaluate", "Serve and score every model (and what that needs)."))
+
+
+@app.command("align")
+def align_command(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    only: Branch = None,
+    explain: Annotated[
+        str | None, typer.Option(metavar="ROW", help="show this row (an id) in both tokenizations")
+    ] = None,
+) -> None:
+    """Align every source's logprobs to the pivot's vocabulary (and what that needs)."""
+    settings = load_config(config, overrides or [])
+    _work(settings, select="align", only=only)
+    if explain is not None:
+        from fusion_ray.views import explain_row
+
+        for name in only or [source.name for source in settings.sources]:
+            console.print(explain_row(settings, name, explain), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def plan(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Does no work: the graph's nodes, what is cached, sizes, memory peaks and problems found."""
+    from fusion_ray.plan import plan_table
+
+    settings = load_config(config, overrides or [])
+    text, problems = plan_table(settings)
+    console.print(text)
+    for problem in problems:
+        errors.print(f"[yellow]problem:[/yellow] {problem}", highlight=False)
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    run_name: Annotated[str, typer.Argument(metavar="RUN", help="a run's name or its folder")],
+    storage: Annotated[str, typer.Option(help="where runs are stored")] = "runs",
+) -> None:
+    """Show a finished run's table again and rewrite its report.html from its artefacts."""
+    from fusion_ray.summary import rewrite_report
+
+    console.print(rewrite_report(storage, run_name))
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str, typer.Argument(metavar="CONFIG|MODEL", help="a run's YAML (serves its fused model) or a model folder")
+    ],
+    overrides: Overrides = None,
+    insecure: Annotated[bool, typer.Option(help="no key asked; binds to loopback only")] = False,
+) -> None:
+    """Serve a model behind an OpenAI-compatible endpoint until interrupted."""
+    from fusion_ray.views import serve_model
+
+    serve_model(model, overrides or [], insecure=insecure, say=lambda text: console.print(text, highlight=False))
+
+
+@app.command()
+def doctor() -> None:
+    """What of the environment works: interpreter, engines, memory, disk."""
+    from fusion_ray.doctor import examine
+
+    healthy = True
+    for check in examine():
+        healthy &= check.ok
+        mark = "[green]ok  [/green]" if check.ok else "[red]FAIL[/red]"
+        console.print(f"{mark} {check.name:<12} {check.detail}", highlight=False)
+    if not healthy:
+        raise typer.Exit(1)
+
+
+def _work(settings: FusionConfig, select: str | None, only: Sequence[str] | None = None) -> None:
+    """Make the nodes of one stage (or of all) and, after a whole run, write and show its report."""
+    from fusion_ray.graph import build_graph
+    from fusion_ray.progress import listener_for
+
+    graph = build_graph(settings)
+    nodes = [node for node in graph if select in (None, node.stage) and (not only or node.branch in only)]
+    if not nodes:
+        branches = sorted({node.branch for node in graph if node.stage == select})
+        raise ConfigError(
+            f"--only {', '.join(only or [])}: the stage {select} has the branches {', '.join(branches) or 'none'}"
+        )
+    from fusion_ray.pipeline import run_graph
+
+    console.print(
+        f"run {settings.run.name}: {sum(node.artifact.sealed for node in nodes)} of {len(nodes)} nodes are done",
+        highlight=False,
+    )
+    with listener_for(console) as listener:
+        runs = run_graph(settings, graph, nodes, listener)
+    if select is None:
+        from fusion_ray.summary import write_report
+
+        console.print(write_report(settings, graph, runs))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
