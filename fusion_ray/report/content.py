@@ -1,0 +1,151 @@
+"""What the report is made of: the shape of report.json and of the artefacts laid beside it, and the order in which models and categories are shown.
+
+Plain dictionaries as JSON gives them; every part of `Extras`, and every part of `RunReport` but `run`, may be missing. Called by html, charts and text.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypedDict
+
+Role = Literal["pivot", "source", "sft", "target", "fused"]
+ROLES: tuple[Role, ...] = ("pivot", "source", "sft", "target", "fused")
+ROLE_NAMES: Mapping[str, str] = {"sft": "SFT only"}
+CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+OVERALL = "overall"
+
+
+class Interval(TypedDict):
+    """A mean with its 95% bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Score(Interval):
+    """Scores lie in 0..1; `n` items."""
+
+    n: int
+
+
+class ModelScores(TypedDict, total=False):
+    """One evaluated model. `merge` is the merge's label for a fused model, else None."""
+
+    name: str
+    role: Role
+    merge: str | None
+    parameters: int | None
+    scores: dict[str, Score]
+    overall: Score | None
+    bits_per_byte: float | None
+
+
+class StageRun(TypedDict):
+    stage: str
+    branch: str | None
+    key: str
+    status: str
+    seconds: float
+
+
+class AlignmentSummary(TypedDict, total=False):
+    """`coverage`: kind of match to its share of the pivot's predicting positions; `mass_kept`, `source_won`: shares."""
+
+    source: str
+    coverage: dict[str, float]
+    mass_kept: float | None
+    source_won: float | None
+
+
+class RunReport(TypedDict, total=False):
+    """report.json of a run."""
+
+    run: str
+    versions: dict[str, str]
+    stages: list[StageRun]
+    models: list[ModelScores]
+    alignment: list[AlignmentSummary]
+    engine: dict[str, str]
+
+
+class MergeWeight(TypedDict):
+    """What one target got for one matrix of one layer (`layer` None: outside the layers), a share of all targets' weight."""
+
+    layer: int | None
+    matrix: str
+    target: str
+    weight: float
+
+
+class PivotToken(TypedDict):
+    """A predicted token of the pivot and how the source meets it: strict, comparable, inside or none."""
+
+    text: str
+    kind: str
+
+
+class AlignmentExample(TypedDict):
+    """One row in both tokenizations; the tokens' texts cover the same bytes."""
+
+    id: str
+    pivot: list[PivotToken]
+    source: list[str]
+
+
+class Extras(TypedDict, total=False):
+    """What the page shows beyond report.json. Every part may be left out.
+
+    `training`: branch to the rows of its metrics.jsonl (`step` and any of LOSSES). `merges`: merge label to its weights.
+    `alignment_examples`: source to rows. `paired`: model to category (or `overall`) to the paired bootstrap interval of the difference model - pivot
+    over the same items. `judge`: model to turn (`turn 1`, `turn 2`, `both`) to the judge's mean score in 1..10.
+    """
+
+    training: Mapping[str, Sequence[Mapping[str, float]]]
+    merges: Mapping[str, Sequence[MergeWeight]]
+    alignment_examples: Mapping[str, Sequence[AlignmentExample]]
+    paired: Mapping[str, Mapping[str, Interval]]
+    judge: Mapping[str, Mapping[str, float]]
+
+
+def sorted_models(models: Sequence[ModelScores]) -> list[ModelScores]:
+    """By role (pivot, sources, SFT only, targets, fused), then in the order given."""
+    return sorted(models, key=lambda model: ROLES.index(model["role"]) if model.get("role") in ROLES else len(ROLES))
+
+
+def role_name(model: ModelScores) -> str:
+    """The role in words, with the merge's label for a fused model that is not named after it."""
+    role = model.get("role", "")
+    merge = model.get("merge")
+    label = ROLE_NAMES.get(role, role)
+    return f"{label} ({merge})" if merge and merge not in model.get("name", "") else label
+
+
+def categories(models: Sequence[ModelScores]) -> list[str]:
+    """Every category that some model has, MT-Bench's in its order first."""
+    found = dict.fromkeys(name for model in models for name in model.get("scores") or {})
+    return [name for name in CATEGORIES if name in found] + [name for name in found if name not in CATEGORIES]
+
+
+def score_of(model: ModelScores, category: str) -> Score | None:
+    return model.get("overall") if category == OVERALL else (model.get("scores") or {}).get(category)
+
+
+def by_role(models: Sequence[ModelScores], role: Role) -> list[ModelScores]:
+    return [model for model in models if model.get("role") == role]
+
+
+def best_source(models: Sequence[ModelScores]) -> ModelScores | None:
+    """The source with the highest overall score."""
+    scored = [(overall["mean"], model) for model in by_role(models, "source") if (overall := model.get("overall"))]
+    return max(scored, key=lambda pair: pair[0])[1] if scored else None
+
+
+def against_pivot(
+    paired: Mapping[str, Mapping[str, Interval]], model: ModelScores, category: str
+) -> Literal["above", "below", "noise"] | None:
+    """Where the paired interval of model - pivot lies: above zero, below it, or over it (inside the noise). None where no interval is given."""
+    interval = paired.get(model.get("name", ""), {}).get(category)
+    if interval is None or model.get("role") == "pivot":
+        return None
+    if interval["low"] > 0:
+        return "above"
+    return "below" if interval["high"] < 0 else "noise"

@@ -1,0 +1,68 @@
+"""One altair chart to one inline SVG that follows the page's colours, needs nothing from the net and can stand beside others.
+
+Colours are CSS variables of page.css (`var(--ink)`), so that the same drawing works in light, in dark and on paper. Called by charts.
+"""
+
+import hashlib
+import re
+from html import escape
+
+import altair as alt
+import vl_convert
+
+INK, SOFT, GRID, PAPER = "var(--ink)", "var(--soft)", "var(--line)", "var(--paper)"
+FONT = "system-ui, sans-serif"
+
+_CONFIG: dict[str, object] = {
+    "background": "transparent",
+    "font": FONT,
+    "padding": 8,
+    "view": {"stroke": None},
+    "axis": {
+        "labelColor": SOFT,
+        "titleColor": SOFT,
+        "gridColor": GRID,
+        "domainColor": GRID,
+        "tickColor": GRID,
+        "labelFontSize": 12,
+        "titleFontSize": 12,
+        "titleFontWeight": "normal",
+        "labelLimit": 260,
+    },
+    "header": {"labelColor": INK, "titleColor": SOFT, "labelFontSize": 13, "labelFontWeight": "bold"},
+    "legend": {
+        "labelColor": SOFT,
+        "titleColor": SOFT,
+        "labelFontSize": 12,
+        "titleFontSize": 12,
+        "titleFontWeight": "normal",
+    },
+    "title": {"color": INK, "fontSize": 13},
+    "text": {"color": INK, "fontSize": 12},
+}
+
+
+def inline_svg(chart: alt.LayerChart | alt.Chart | alt.FacetChart | alt.HConcatChart, label: str) -> str:
+    """The drawing as one <svg> element that scales to its container, announced to screen readers as one image called `label`."""
+    svg = vl_convert.vegalite_to_svg(chart.to_dict(), config=_CONFIG, allowed_base_urls=[])
+    opening, body = _split(svg)
+    width, height = (
+        float(found.group(1)) for name in ("width", "height") if (found := re.search(rf'\b{name}="([\d.]+)"', opening))
+    )
+    body = re.sub(
+        r'\s(?:aria-[a-z]+|role)="[^"]*"', "", body
+    )  # thousands of per-mark labels: the figure's own label speaks for them
+    prefix = f"c{hashlib.sha256(label.encode()).hexdigest()[:8]}-"  # two drawings on one page must not share ids
+    for number, name in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]+)"', body))):
+        body = body.replace(f'id="{name}"', f'id="{prefix}{number}"').replace(
+            f"url(#{name})", f"url(#{prefix}{number})"
+        )
+    return (
+        f'<svg class="chart" role="img" aria-label="{escape(label)}" viewBox="0 0 {width:g} {height:g}" '
+        f'style="max-width:{width:g}px"><g aria-hidden="true">{body}</g></svg>'
+    )
+
+
+def _split(svg: str) -> tuple[str, str]:
+    start = svg.index(">") + 1
+    return svg[:start], svg[start : svg.rindex("</svg>")]
