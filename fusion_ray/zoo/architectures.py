@@ -35,6 +35,7 @@ def config_for(model: ZooModel, tokenizer: PreTrainedTokenizerFast) -> PreTraine
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
         "max_position_embeddings": MAX_LENGTH,
+        "initializer_range": 0.05,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

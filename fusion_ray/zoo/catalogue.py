@@ -47,6 +47,6 @@ SOURCES = (
     ZooModel("source_mistral", "mistral", "sentencepiece_bpe", 1200, True, "markdown", ("stem", "humanities")),
 )
 FOURTH = ZooModel(
-    "source_gemma", "gemma", "sentencepiece_unigram", 1400, False, "turns", ("math", "extraction", "humanities")
+    "source_gemma", "gemma", "sentencepiece_unigram", 1400, True, "turns", ("math", "extraction", "humanities")
 )
 ZOO_MODELS = {model.name: model for model in (PIVOT, *SOURCES, FOURTH)}

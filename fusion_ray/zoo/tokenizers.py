@@ -28,10 +28,10 @@ UNREACHABLE = -1000.0
 WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
-def training_text(rows_per_skill: int = 600) -> Iterator[str]:
-    """Questions and answers of the training split, then every printable ASCII character and the numbers to 99."""
+def training_text(seed: int, rows_per_skill: int = 600) -> Iterator[str]:
+    """Questions and answers of the training split drawn with `seed`, then every printable ASCII character and the numbers to 99."""
     for draw in SKILLS.values():
-        for item in itertools.islice(draw_items(draw, "train", seed=20), rows_per_skill):
+        for item in itertools.islice(draw_items(draw, "train", seed=seed), rows_per_skill):
             yield from item.questions
             yield from item.answers
     for role in ("system", "user", "assistant", "model", "### User:\n", "### Assistant:\n"):
@@ -56,39 +56,35 @@ def byte_level_bpe(size: int, template: Template, *, split_digits: bool) -> Toke
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(training_text(), trainer)
+    tokenizer.train_from_iterator(training_text(size), trainer)
     return tokenizer
 
 
 def sentencepiece(size: int, template: Template, *, unigram: bool, split_digits: bool) -> Tokenizer:
     """A BPE or unigram tokenizer over text whose spaces are U+2581, falling back to 256 byte tokens, as in Llama 2 and Gemma.
 
-    The trainers of the `tokenizers` library know no byte fallback, so the pieces are trained first and the byte tokens put before
+    The trainers of the `tokenizers` library know no byte fallback, so the pieces come first and the byte tokens are put before
     them as ordinary entries: text that spells `<0x41>` stays text. Line ends are cut off so that no piece straddles a role marker.
     """
-    wanted = size - len(template.special) - len(BYTE_TOKENS)
     steps = [pre_tokenizers.Split("\n", behavior="isolated"), pre_tokenizers.Punctuation(behavior="isolated")]
     steps += [pre_tokenizers.Digits(individual_digits=True)] if split_digits else []
     steps += [pre_tokenizers.Metaspace(replacement=SPACE_MARKER, prepend_scheme="never")]
     pre_tokenizer = pre_tokenizers.Sequence(steps)
-    draft = Tokenizer(models.Unigram() if unigram else models.BPE())
-    draft.pre_tokenizer = pre_tokenizer
-    trainer_class = trainers.UnigramTrainer if unigram else trainers.BpeTrainer
-    draft.train_from_iterator(training_text(), trainer_class(vocab_size=wanted, show_progress=False))
-    state = json.loads(draft.to_str())["model"]
     head = [*template.special, *BYTE_TOKENS]
-    unknown = head.index("<unk>")
     if unigram:
-        pieces = _with_words(
-            {piece: score for piece, score in state["vocab"] if piece not in head}, pre_tokenizer, wanted
-        )
         vocabulary = [(token, 0.0) for token in template.special]
         vocabulary += [(token, UNREACHABLE) for token in BYTE_TOKENS]
-        model = models.Unigram(vocabulary + list(pieces.items()), unknown, True)
+        vocabulary += unigram_pieces(pre_tokenizer, size)[: size - len(head)]
+        model = models.Unigram(vocabulary, head.index("<unk>"), True)
     else:
+        draft = Tokenizer(models.BPE())
+        draft.pre_tokenizer = pre_tokenizer
+        trainer = trainers.BpeTrainer(vocab_size=size - len(head), show_progress=False)
+        draft.train_from_iterator(training_text(size), trainer)
+        state = json.loads(draft.to_str())["model"]
         by_id = sorted(state["vocab"], key=state["vocab"].__getitem__)
-        merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in state["merges"]]
         ids = {token: position for position, token in enumerate([*head, *by_id])}
+        merges = [tuple(pair) for pair in state["merges"]]
         model = models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizer
@@ -99,15 +95,20 @@ def sentencepiece(size: int, template: Template, *, unigram: bool, split_digits:
     return tokenizer
 
 
-def _with_words(pieces: dict[str, float], pre_tokenizer: pre_tokenizers.PreTokenizer, size: int) -> dict[str, float]:
-    """`pieces` (log probabilities) filled up to `size` with the commonest whole words.
+def unigram_pieces(pre_tokenizer: pre_tokenizers.PreTokenizer, seed: int, longest: int = 12) -> list[tuple[str, float]]:
+    """Characters, then substrings of words by the characters they save (count times length less one), with log probabilities.
 
-    The unigram trainer looks for substrings that several distinct words share, so it never proposes a word of its own.
+    It stands in for the library's unigram trainer, which breaks ties by hash, so that two runs give two vocabularies, and which
+    proposes no substring that only one distinct word holds.
     """
-    counts = Counter(word for text in training_text() for word, _ in pre_tokenizer.pre_tokenize_str(text))
-    total = counts.total()
-    words = [(word, math.log(count / total)) for word, count in counts.most_common() if word not in pieces]
-    return pieces | dict(words[: size - len(pieces)])
+    words = Counter(word for text in training_text(seed) for word, _ in pre_tokenizer.pre_tokenize_str(text))
+    counts: Counter[str] = Counter()
+    for word, count in words.items():
+        for start in range(len(word)):
+            for end in range(start + 1, min(start + longest, len(word)) + 1):
+                counts[word[start:end]] += count
+    ordered = sorted(counts, key=lambda piece: (len(piece) > 1, -counts[piece] * (len(piece) - 1), piece))
+    return [(piece, math.log(counts[piece] / counts.total())) for piece in ordered]
 
 
 def build(model: ZooModel) -> PreTrainedTokenizerFast:

@@ -102,7 +102,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> float:
-    """Train `model` in place in float32; returns the seconds it took."""
+    """Train `model` in place, weights in float32 and products in bfloat16; returns the seconds it took."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     optimizer = torch.optim.AdamW(
@@ -117,7 +117,9 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Re
     for step, (ids, weights) in enumerate(batches(recipe, tokenizer)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe)
-        total, count = loss_sums(model(input_ids=ids, use_cache=False).logits, ids, weights)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=ids, use_cache=False).logits
+        total, count = loss_sums(logits, ids, weights)
         loss = total / count
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
