@@ -1,0 +1,90 @@
+"""Configs: what is refused, how it is explained, what overrides and relative paths mean."""
+
+from pathlib import Path
+
+import pytest
+
+from fusion_ray.config import ConfigError, load_config, parse_config
+
+MINIMAL = {"pivot": {"path": "p"}, "sources": [{"name": "a", "path": "q"}], "corpus": {"path": "rows.jsonl"}}
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+MINIMAL_YAML = "pivot: {path: p}\nsources: [{name: a, path: q}]\ncorpus: {path: rows.jsonl}\n"
+
+
+def test_minimal_config_takes_the_papers_defaults() -> None:
+    config = parse_config(MINIMAL)
+    assert config.teach.top_k == 10
+    assert config.distill.lm_weight == 0.9
+    assert config.merge.methods[0].method == "varm"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"distil": {}}, ["unknown key `distil`", "did you mean 'distill'"]),
+        ({"distill": {"lm_wieght": 0.5}}, ["unknown key `distill.lm_wieght`", "did you mean 'lm_weight'"]),
+        ({"resources": {"teach": {"cpu": 1}}}, ["unknown key `resources.teach.cpu`", "did you mean 'cpus'"]),
+        ({"sources": [{"name": "a", "path": "q", "revison": "x"}]}, ["`sources.0.revison`", "did you mean 'revision'"]),
+        (
+            {"merge": {"methods": [{"method": "sce", "select_top": 0.1}]}},
+            ["merge.methods.0.select_top", "'select_topk'"],
+        ),
+        ({"distill": {"lm_weight": 1.5}}, ["`distill.lm_weight`", "less than or equal to 1", "given: 1.5"]),
+        ({"sources": [{"name": "pivot", "path": "q"}]}, ["two models are named 'pivot'"]),
+        ({"sources": [{"name": "sft", "path": "q"}]}, ["SFT-only control"]),
+        ({"sources": [{"name": "../up", "path": "q"}]}, ["`sources.0.name`"]),
+        ({"merge": {"methods": [{"method": "varm"}, {"method": "varm"}]}}, ["two merge methods have the label 'varm'"]),
+        ({"resources": {"teach": {"min_workers": 3, "max_workers": 2}}}, ["min_workers 3 is above max_workers 2"]),
+    ],
+)
+def test_bad_values_are_named_and_explained(change: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(MINIMAL | change)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_missing_section_is_named() -> None:
+    with pytest.raises(ConfigError, match="missing key `corpus`"):
+        parse_config({key: value for key, value in MINIMAL.items() if key != "corpus"})
+
+
+def test_overrides_lay_over_nested_keys_and_lists(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL_YAML)
+    config = load_config(
+        path, ["distill.epochs=7", "sources.0.name=b", "merge.methods=[{method: sce, select_topk: 0.5}]"]
+    )
+    assert config.distill.epochs == 7
+    assert config.sources[0].name == "b"
+    assert config.merge.methods[0].parameters == {"select_topk": 0.5}
+
+
+@pytest.mark.parametrize("override", ["distill.epochs", "=3", "sources.4.name=x", "pivot.path.deep=1", "a..b=1"])
+def test_malformed_overrides_are_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match=r"override"):
+        load_config(write(tmp_path, MINIMAL_YAML), [override])
+
+
+def test_relative_paths_are_relative_to_the_yaml(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    config = load_config(write(tmp_path, MINIMAL_YAML), ["sources.0.path=org/model", "run.storage=memory://x"])
+    assert config.pivot.path == str(tmp_path / "p")
+    assert config.sources[0].path == "org/model"  # nothing of that name beside the YAML: a hub id
+    assert config.corpus.paths == (str(tmp_path / "rows.jsonl"),)
+    assert config.run.storage == "memory://x"
+
+
+def test_unreadable_and_non_mapping_files_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read the config"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="must hold a mapping"):
+        load_config(write(tmp_path, "- a\n- b\n"))
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(write(tmp_path, "a: [1"))
