@@ -1,0 +1,179 @@
+"""What a run would do, without doing any of it: nodes, what is cached, sizes, times, memory peaks, problems (`fusion-ray plan`).
+
+Everything is read from headers and file sizes; imports no torch, no ray. The estimates' constants are stated where they stand.
+"""
+
+import json
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from fusion_ray.config import FusionConfig, ModelConfig, is_url
+from fusion_ray.graph import SFT, Graph, Node, build_graph
+
+BYTES_PER_TOKEN = 4.0  # English text under a vocabulary of 30k to 150k
+ASSISTANT_SHARE = 0.6  # of a chat corpus's bytes
+BYTES_PER_POSITION = {"fixed": 12, "per_k": 3.3}  # a teacher row on disk: 45 bytes at K = 10 (design.md section 5)
+ACCELERATOR_FLOPS = 4e14 * 0.4  # bf16 at 40% utilisation of a current data-centre card
+CPU_FLOPS = 5e10  # float32 on one core
+TRAINING_BYTES = 16  # a parameter in fp32 with gradient and two Adam moments
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    parameters: int
+    bytes: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a node costs: bytes it writes, seconds of one device, peak bytes of one worker. None where it cannot be known."""
+
+    bytes: float | None = None
+    device_seconds: float | None = None
+    peak_bytes: float | None = None
+
+
+def model_size(folder: str) -> ModelSize | None:
+    """Parameters, bytes and vocabulary of a local model folder, from headers alone; None for a reference that is not local."""
+    path = Path(folder)
+    if is_url(folder) or not path.is_dir():
+        return None
+    parameters = total = 0
+    for file in sorted(path.glob("*.safetensors")):
+        with open(file, "rb") as handle:
+            length = struct.unpack("<Q", handle.read(8))[0]
+            header = json.loads(handle.read(length))
+        for name, tensor in header.items():
+            if name == "__metadata__":
+                continue
+            count = 1
+            for extent in tensor["shape"]:
+                count *= extent
+            parameters += count
+        total += file.stat().st_size
+    config = json.loads((path / "config.json").read_text())
+    return ModelSize(parameters, total, int(config.get("vocab_size", 0)))
+
+
+def plan_table(config: FusionConfig) -> tuple[Table, list[str]]:
+    """The table of nodes with their estimates, and the problems found. Raises ConfigError as build_graph does."""
+    graph = build_graph(config)
+    sizes = {model.name: model_size(model.path) for model in (config.pivot, *config.sources)}
+    unit = "GPU" if config.resources.teach.gpus else "CPU"
+    table = Table(title=f"plan of run {config.run.name} in {config.run.storage}", title_justify="left")
+    for header in ("stage", "branch", "key", "state"):
+        table.add_column(header)
+    for header in ("writes", f"{unit}-hours", "peak memory of a worker"):
+        table.add_column(header, justify="right")
+    hours = written = 0.0
+    for node in graph:
+        done = node.artifact.sealed
+        cost = estimate(config, graph, node, sizes)
+        if not done:
+            hours += (cost.device_seconds or 0) / 3600
+            written += cost.bytes or 0
+        state = "[green]cached[/green]" if done else "to do"
+        figures = (_size(cost.bytes), _hours(cost.device_seconds), _size(cost.peak_bytes))
+        table.add_row(node.stage, node.branch, node.key[:12], state, *figures)
+    table.caption = (
+        f"to do: about {_size(written)} written, {hours:.2f} {unit}-hours; estimates from file sizes and headers"
+    )
+    return table, list(problems(config, graph, sizes, written))
+
+
+def estimate(config: FusionConfig, graph: Graph, node: Node, sizes: dict[str, ModelSize | None]) -> Estimate:
+    """The cost of one node; every figure is an order of magnitude, from the constants above."""
+    corpus = _corpus_bytes(config)
+    tokens = corpus / BYTES_PER_TOKEN
+    positions = tokens * ASSISTANT_SHARE
+    k, pivot = config.teach.top_k, sizes[config.pivot.name]
+    row_bytes = positions * (BYTES_PER_POSITION["fixed"] + BYTES_PER_POSITION["per_k"] * k)
+    speed = ACCELERATOR_FLOPS if config.resources.teach.gpus else CPU_FLOPS
+    if node.stage == "corpus":
+        return Estimate(bytes=corpus * 0.4)
+    if node.stage == "align":
+        return Estimate(bytes=row_bytes, device_seconds=0.0)
+    if node.stage == "teach":
+        size = sizes[node.branch]
+        if size is None:
+            return Estimate(bytes=row_bytes)
+        limit = config.resources.teach.engine.get("max_num_batched_tokens")
+        batch = limit if isinstance(limit, int) else 2048
+        logits = batch * size.vocabulary * 8  # raw and log-softmax of one step; vLLM's start-up does not profile them
+        return Estimate(row_bytes, 2 * size.parameters * tokens / speed, size.bytes + logits)
+    if pivot is None:
+        return Estimate()
+    if node.stage == "distill":
+        passes = 4 if config.distill.gradient_checkpointing else 3
+        workers = config.resources.distill.max_workers
+        shared = 4 + (TRAINING_BYTES - 4) / workers if config.distill.zero_stage < 3 else TRAINING_BYTES / workers
+        seconds = 2 * passes * pivot.parameters * tokens * config.distill.epochs / speed
+        return Estimate(
+            pivot.bytes, seconds, pivot.parameters * shared + config.distill.head_chunk * pivot.vocabulary * 12
+        )
+    if node.stage == "merge":
+        targets = sum(name != SFT for name in graph.distill)
+        return Estimate(pivot.bytes, (targets + 1) * pivot.bytes / 1e9, float(config.merge.max_bytes_in_flight))
+    return Estimate(device_seconds=None)
+
+
+def problems(config: FusionConfig, graph: Graph, sizes: dict[str, ModelSize | None], written: float) -> Iterator[str]:
+    """What would stop the run or spoil it, found before anything starts."""
+    storage = config.run.storage
+    if not is_url(storage):
+        folder = Path(storage)
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        if written > free:
+            yield f"run.storage {storage} has {_size(free)} free, the run writes about {_size(written)}: choose another or free space"
+    if config.teach.top_k > 20 and "max_logprobs" in config.teach.engine:
+        limit = config.teach.engine["max_logprobs"]
+        if isinstance(limit, int) and limit < config.teach.top_k:
+            yield f"teach.engine.max_logprobs {limit} is below teach.top_k {config.teach.top_k}: leave it out or raise it"
+    for model in (config.pivot, *config.sources):
+        yield from _model_problems(model, sizes[model.name])
+    if config.distill.batch_size < config.resources.distill.max_workers:
+        yield (
+            f"distill.batch_size {config.distill.batch_size} is below resources.distill.max_workers "
+            f"{config.resources.distill.max_workers}: some workers would have no rows"
+        )
+
+
+def _model_problems(model: ModelConfig, size: ModelSize | None) -> Iterator[str]:
+    path = Path(model.path)
+    if size is None:
+        return
+    if size.parameters == 0:
+        yield f"model {model.name!r}: {path} holds no safetensors weights; pickled weights are not loaded: convert them first"
+    tokenizer = path / "tokenizer_config.json"
+    template = (path / "chat_template.jinja").exists()
+    if tokenizer.exists():
+        template = template or "chat_template" in json.loads(tokenizer.read_text())
+    if not template:
+        yield f"model {model.name!r}: {path} has no chat template (chat_template.jinja or in tokenizer_config.json)"
+
+
+def _corpus_bytes(config: FusionConfig) -> float:
+    return float(sum(Path(path).stat().st_size for path in config.corpus.paths if not is_url(path)))
+
+
+def _size(value: float | None) -> str:
+    if value is None:
+        return "?"
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def _hours(seconds: float | None) -> str:
+    return "?" if seconds is None else f"{seconds / 3600:.3f}"
