@@ -114,6 +114,7 @@ class MergeMethod(Section):
     variant: Literal["paper", "fusechat_release", "mergekit"] | None = None
     select_topk: float | None = Field(None, gt=0, le=1)
     square: bool | None = None
+    weight: float | tuple[float, ...] | None = Field(None, description="linear and task_arithmetic: for all, or one each")
 
     @property
     def label(self) -> str:
