@@ -43,7 +43,7 @@ def training_text(seed: int, rows_per_skill: int = 600) -> Iterator[str]:
 def byte_level_bpe(size: int, template: Template, *, split_digits: bool) -> Tokenizer:
     """Byte-level BPE of `size` entries in the manner of GPT-2, with the digits apart or together."""
     tokenizer = Tokenizer(models.BPE())
-    steps = [pre_tokenizers.Digits(individual_digits=True)] if split_digits else []
+    steps: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Digits(individual_digits=True)] if split_digits else []
     steps += [
         pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
@@ -75,7 +75,7 @@ def sentencepiece(size: int, template: Template, *, unigram: bool, split_digits:
         vocabulary = [(token, 0.0) for token in template.special]
         vocabulary += [(token, UNREACHABLE) for token in BYTE_TOKENS]
         vocabulary += unigram_pieces(pre_tokenizer, size)[: size - len(head)]
-        model = models.Unigram(vocabulary, head.index("<unk>"), True)
+        model: models.Model = models.Unigram(vocabulary, head.index("<unk>"), True)
     else:
         draft = Tokenizer(models.BPE())
         draft.pre_tokenizer = pre_tokenizer

@@ -1,4 +1,4 @@
-"""Train one model of the zoo from a seed: AdamW, cosine, conversations drawn from the skills' training split as it goes.
+"""Train one model of the zoo from a seed: Muon and AdamW, cosine, conversations drawn from the skills' training split as it goes.
 
 Called by `jobs/zoo.py`. A batch holds whole conversations sorted by length out of a larger pool, so that little of it is padding.
 The loss is the cross-entropy of the assistant's tokens and end-of-turn tokens, plus a little of all other tokens.
@@ -30,9 +30,10 @@ class Recipe:
     mix: dict[str, float]
     steps: int
     seed: int
-    rows: int = 64
+    rows: int = 24
     learning_rate: float = 3e-3
-    weight_decay: float = 0.1
+    muon_learning_rate: float = 0.012
+    weight_decay: float = 0.05
     warmup: int = 50
     other_tokens: float = 0.1
 
@@ -93,38 +94,58 @@ def loss_sums(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) ->
     return (losses * kept).sum(), kept.sum()
 
 
-def learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then half a cosine down to a fiftieth of the peak."""
+def learning_rate_share(step: int, recipe: Recipe) -> float:
+    """The share of its peak that every learning rate has at `step`: linear warm-up, then half a cosine down to a fiftieth."""
     if step < recipe.warmup:
-        return recipe.learning_rate * (step + 1) / recipe.warmup
+        return (step + 1) / recipe.warmup
     done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return recipe.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def optimizers_for(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for the embeddings, the head and the vectors.
+
+    With AdamW alone the skills that look things up in the question take several times as many steps.
+    """
+    vocabulary = {id(table.weight) for table in (model.get_input_embeddings(), model.get_output_embeddings())}
+    inner = [p for p in model.parameters() if p.ndim == 2 and id(p) not in vocabulary]
+    tables = [p for p in model.parameters() if id(p) in vocabulary]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    muon_rate, rate, decay = recipe.muon_learning_rate, recipe.learning_rate, recipe.weight_decay
+    return [
+        torch.optim.Muon([{"params": inner, "peak": muon_rate}], lr=muon_rate, weight_decay=decay),
+        torch.optim.AdamW(
+            [
+                {"params": tables, "peak": rate, "weight_decay": decay},
+                {"params": vectors, "peak": rate, "weight_decay": 0.0},
+            ],
+            lr=rate,
+            betas=(0.9, 0.98),
+            fused=True,
+        ),
+    ]
 
 
 def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> float:
     """Train `model` in place, weights in float32 and products in bfloat16; returns the seconds it took."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=recipe.learning_rate,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
+    optimizers = optimizers_for(model, recipe)
     model.train()
     start = time.perf_counter()
     tokens = 0
     for step, (ids, weights) in enumerate(batches(recipe, tokenizer)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe)
+        share = learning_rate_share(step, recipe)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = share * group["peak"]
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=ids, use_cache=False).logits
         total, count = loss_sums(logits, ids, weights)
         loss = total / count
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         tokens += ids.numel()
         if step % 100 == 99 or step + 1 == recipe.steps:
             rate = tokens / (time.perf_counter() - start)

@@ -59,9 +59,13 @@ def solve_math(first: str, second: str) -> tuple[str, str]:
 
 
 def solve_coding(first: str, second: str) -> tuple[str, str]:
-    words = re.findall(r"'(\w+)'", first)
-    index, later = (int(re.search(r"words\[(\d)\]", text)[1]) for text in (first, second))
-    return f"words[{index}] returns '{words[index]}'.", f"Then words[{later}] returns '{list(reversed(words))[later]}'."
+    words = dict(re.findall(r"(\w) = '(\w+)'", first))
+
+    def answer(question: str) -> str:
+        code = re.search(r"does (.*) return\?", question)[1]
+        return f"It returns '{eval(code, {'__builtins__': {}}, dict(words))}'."
+
+    return answer(first), answer(second)
 
 
 def solve_extraction(first: str, second: str) -> tuple[str, str]:
