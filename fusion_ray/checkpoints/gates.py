@@ -1,0 +1,177 @@
+"""What must hold before a merge writes anything: one architecture, one set of tensors, one shape each, room on the disk.
+
+Every refusal is a MergeError that names the model, the file and the tensor and says what to do. Differences that do not matter are returned, for the
+report. Called by the merge job with checkpoints whose headers were read; non-finite values are found by the first pass over the data.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fusion_ray.checkpoints.dtypes import MERGEABLE
+from fusion_ray.checkpoints.errors import MergeError
+from fusion_ray.checkpoints.reader import Checkpoint
+
+# A target that differs from the pivot in one of these computes something else with the same tensors.
+_ARCHITECTURE = (
+    "model_type", "architectures", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "hidden_act", "hidden_activation", "tie_word_embeddings", "rms_norm_eps", "layer_norm_eps", "norm_eps", "rope_theta", "rope_scaling",
+    "rope_parameters", "rotary_pct", "partial_rotary_factor", "sliding_window", "attention_bias", "mlp_bias", "use_parallel_residual",
+    "num_experts", "num_local_experts", "num_experts_per_tok", "final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar",
+)  # fmt: skip
+_NOT_COMPARED = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache")
+_INPUT_ROWS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")
+_OUTPUT_ROWS = ("lm_head.weight", "embed_out.weight")
+_SPARE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Compatibility:
+    """The tensors to merge, the output heads left out because they are the embeddings, and the config keys that differ without effect on the merge."""
+
+    tensors: tuple[str, ...]
+    tied: tuple[str, ...]
+    config_differences: dict[str, dict[str, object]]  # target -> key -> {"pivot", "target"}
+
+
+def check_compatible(pivot: Checkpoint, targets: Sequence[Checkpoint]) -> Compatibility:
+    """Compare every target with the pivot. Raises MergeError for the first difference that matters."""
+    differences = {target.model: _compare_configs(pivot, target) for target in targets}
+    models = [pivot, *targets]
+    tied = sorted({head for model in models for head in _tied_heads(model, models)})
+    names = [name for name in pivot.tensors if name not in tied]
+    for target in targets:
+        _compare_tensors(pivot, target, names, tied)
+    return Compatibility(tuple(names), tuple(tied), {name: found for name, found in differences.items() if found})
+
+
+def check_free_space(folder: str | Path, needed: int) -> None:
+    """Raises MergeError when the disk of `folder` (or of its nearest existing parent) has less than `needed` bytes and a little."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed + _SPARE_BYTES:
+        raise MergeError(
+            f"{folder}: the merge needs {_megabytes(needed + _SPARE_BYTES)} MB and {_megabytes(free)} MB are free: make room or choose another place"
+        )
+
+
+def check_finite(models: Sequence[Checkpoint], name: str, finite: Sequence[bool]) -> None:
+    """Raises MergeError for the first model whose tensor `name` holds NaN or infinite values."""
+    for model, good in zip(models, finite, strict=True):
+        if not good:
+            raise MergeError(
+                f"model {model.model!r}: tensor {name!r} in {_file(model, name)} holds NaN or infinite values: "
+                "its training diverged or its export failed; train or export it again"
+            )
+
+
+def check_same(models: Sequence[Checkpoint], name: str, same: Sequence[bool]) -> None:
+    """Raises MergeError for the first target whose integer or boolean tensor `name` is not the pivot's. `models` has the pivot first."""
+    for target, good in zip(models[1:], same, strict=True):
+        if not good:
+            raise MergeError(
+                f"model {target.model!r}: tensor {name!r} in {_file(target, name)} is {target.tensors[name].dtype} and differs from the pivot's: only floating "
+                "tensors are merged; export the models so that it is the same in all"
+            )
+
+
+def _compare_configs(pivot: Checkpoint, target: Checkpoint) -> dict[str, object]:
+    """A key that only one of the two has is a matter of the transformers version that wrote it."""
+    differences: dict[str, object] = {}
+    for key in sorted(set(pivot.config) | set(target.config)):
+        if key in _NOT_COMPARED or pivot.config.get(key) == target.config.get(key):
+            continue
+        both = key in pivot.config and key in target.config
+        if both and key in _ARCHITECTURE:
+            raise MergeError(
+                f"model {target.model!r}: `{key}` in {target.folder}/config.json is {json.dumps(target.config[key])}, the pivot's is "
+                f"{json.dumps(pivot.config[key])} ({pivot.folder}): only models of one architecture merge; make every target from this pivot"
+            )
+        differences[key] = {"pivot": pivot.config.get(key), "target": target.config.get(key)}
+    return differences
+
+
+def _tied_heads(model: Checkpoint, models: Sequence[Checkpoint]) -> list[str]:
+    """Heads of `model` that are its own embeddings again: stored although tied, or absent in another model because it ties them."""
+    heads = [name for name in model.tensors if name.endswith(_OUTPUT_ROWS)]
+    embeddings = next((name for name in model.tensors if name.endswith(_INPUT_ROWS)), None)
+    found = []
+    for head in heads:
+        says_tied = any(other.config.get("tie_word_embeddings") is True for other in models)
+        if not says_tied and all(head in other.tensors for other in models):
+            continue
+        if embeddings is not None and _same_values(model, head, embeddings):
+            found.append(head)
+        elif says_tied:
+            raise MergeError(
+                f"model {model.model!r}: tensor {head!r} in {_file(model, head)} differs from {embeddings!r}, and `tie_word_embeddings` is true: "
+                "untie all models (set it to false and export each with its own head) or export this one tied"
+            )
+    return found
+
+
+def _same_values(model: Checkpoint, first: str, second: str) -> bool:
+    a, b = model.tensors[first], model.tensors[second]
+    step = 1 << 20
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and all(
+        torch.equal(
+            model.read(first, start, min(start + step, a.size)), model.read(second, start, min(start + step, a.size))
+        )
+        for start in range(0, a.size, step)
+    )
+
+
+def _compare_tensors(pivot: Checkpoint, target: Checkpoint, names: Sequence[str], tied: Sequence[str]) -> None:
+    for name in names:
+        if name not in target.tensors:
+            raise MergeError(
+                f"model {target.model!r}: tensor {name!r} is missing in {target.folder} (the pivot has it in {_file(pivot, name)}): "
+                f"export the target again from a model of the pivot's class{_nearest(name, target.tensors)}"
+            )
+        _compare_shapes(pivot, target, name)
+    extra = [name for name in target.tensors if name not in pivot.tensors and name not in tied]
+    if extra:
+        raise MergeError(
+            f"model {target.model!r}: {_file(target, extra[0])} has tensor {extra[0]!r} ({len(extra)} such in all), which the pivot does not have: "
+            "export the target without it (adapters merged in, no added heads)"
+        )
+
+
+def _compare_shapes(pivot: Checkpoint, target: Checkpoint, name: str) -> None:
+    ours, theirs = pivot.tensors[name], target.tensors[name]
+    if ours.shape != theirs.shape:
+        if name.endswith(_INPUT_ROWS + _OUTPUT_ROWS) and ours.shape[1:] == theirs.shape[1:]:
+            raise MergeError(
+                f"model {target.model!r}: tensor {name!r} in {_file(target, name)} has {theirs.shape[0]} vocabulary rows, the pivot's has {ours.shape[0]}: "
+                "merging neither adds nor drops tokens. Train the target on the pivot's own tokenizer, or bring its embeddings back with "
+                f"model.resize_token_embeddings({ours.shape[0]}) if the rows past the pivot's are padding"
+            )
+        raise MergeError(
+            f"model {target.model!r}: tensor {name!r} in {_file(target, name)} has the shape {list(theirs.shape)}, the pivot's {list(ours.shape)}: "
+            "only models of one size merge; make every target from this pivot"
+        )
+    if ours.dtype != theirs.dtype and not (ours.dtype in MERGEABLE and theirs.dtype in MERGEABLE):
+        raise MergeError(
+            f"model {target.model!r}: tensor {name!r} in {_file(target, name)} is {theirs.dtype}, the pivot's {ours.dtype}: export both in one floating type"
+        )
+
+
+def _nearest(name: str, names: Mapping[str, object]) -> str:
+    """Other names for the same tensor come from a prefix that the exporting class adds or drops."""
+    other = next((found for found in names if found.endswith(f".{name}") or name.endswith(f".{found}")), None)
+    return f" (it has {other!r}: the two were exported by different classes)" if other else ""
+
+
+def _file(model: Checkpoint, name: str) -> str:
+    return os.path.join(model.folder, model.tensors[name].file)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f}"
