@@ -1,4 +1,4 @@
-"""A conversation in one model's tokens, with the bytes of an assistant message that each token covers. Called by the teacher and chat workers, align and distill.
+"""A conversation in one model's tokens, with the bytes of an assistant message that each token covers. Called by the engines and by align.
 
 The rendered text is tokenized as it is; the byte pieces of the tokens are laid over its UTF-8 bytes. Inside every assistant message they must
 tile the message without gap or overlap (the proof of design.md section 6); tokens that reach over its border are clipped.
@@ -98,7 +98,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, template: PreTrainedToken
     Raises ValueError when the template puts nothing there, or not always the same token.
     """
     locator = Locator(tokenizer, template=template)
-    ends = set()
+    ends: set[int] = set()
     for answer in ("Yes", "It is 7.", "one\ntwo"):
         asked = [Message("user", "Tell me"), Message("assistant", answer)] * 2
         row = locator.locate(asked)
