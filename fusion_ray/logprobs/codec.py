@@ -2,6 +2,7 @@
 
 Encodings by measurement on GSM8K answers (25,574 tokens, K = 10, noise on every logprob): split bytes for the floats and a dictionary for
 the top-k ids under zstd take 33 bytes a position, Parquet's defaults 39; the limit is 45 (design.md section 5). The bytes depend on the rows alone.
+"""
 
 import io
 from collections.abc import Iterator, Sequence
