@@ -1,6 +1,7 @@
-"""Coding: what a small string expression over two variables returns in Python, then another expression over the same variables."""
+"""Coding: what a line of Python shows for a string and a number, then another line over the same two."""
 
 import random
+from collections.abc import Callable
 
 from fusion_ray.zoo.skills.item import Item
 
@@ -8,30 +9,31 @@ WORDS = (
     "tea", "fig", "oak", "sun", "cat", "box", "jam", "sky", "ice", "owl", "pen", "rug",
     "sea", "toy", "van", "web", "zip", "ant", "bed", "cup", "dog", "egg", "fox", "gem",
 )  # fmt: skip
-PARTS = ("{}", "{}.upper()", "{}[::-1]")
-
-
-def value(part: str, word: str) -> str:
-    """What `part` of PARTS gives for `word`."""
-    return {"{}": word, "{}.upper()": word.upper(), "{}[::-1]": word[::-1]}[part]
-
-
-def expression(rng: random.Random, words: dict[str, str]) -> tuple[str, str]:
-    """An expression that joins both variables by a hyphen, and the string that it returns."""
-    names = rng.sample(tuple(words), 2)
-    parts = rng.choices(PARTS, k=2)
-    code = " + '-' + ".join(part.format(name) for part, name in zip(parts, names, strict=True))
-    return code, "-".join(value(part, words[name]) for part, name in zip(parts, names, strict=True))
+ON_WORDS: dict[str, Callable[[str], str]] = {
+    "s": lambda word: word,
+    "s.upper()": str.upper,
+    "s.title()": str.title,
+    "s * 2": lambda word: word * 2,
+    "s + 'y'": lambda word: word + "y",
+}
+ON_NUMBERS: dict[str, Callable[[int], int]] = {
+    "n": lambda number: number,
+    "n + 1": lambda number: number + 1,
+    "n - 1": lambda number: number - 1,
+    "n * 2": lambda number: number * 2,
+    "n * 10": lambda number: number * 10,
+}
 
 
 def draw(rng: random.Random) -> Item:
-    words = dict(zip(("a", "b"), rng.sample(WORDS, 2), strict=True))
-    first, second = expression(rng, words), expression(rng, words)
+    word, number = rng.choice(WORDS), rng.randint(2, 30)
+    lines = [(rng.choice(tuple(ON_WORDS)), rng.choice(tuple(ON_NUMBERS))) for _ in range(2)]
+    shown = [f"It shows {ON_WORDS[left](word)} {ON_NUMBERS[right](number)}." for left, right in lines]
     return Item(
         skill="coding",
         questions=(
-            f"In Python, a = '{words['a']}' and b = '{words['b']}'. What does {first[0]} return?",
-            f"And what does {second[0]} return?",
+            f"In Python, s = '{word}' and n = {number}. What does print({', '.join(lines[0])}) show?",
+            f"And what does print({', '.join(lines[1])}) show?",
         ),
-        answers=(f"It returns '{first[1]}'.", f"It returns '{second[1]}'."),
+        answers=(shown[0], shown[1]),
     )

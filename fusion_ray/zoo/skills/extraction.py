@@ -1,4 +1,4 @@
-"""Extraction: pull two fields of one of two people out of a note in a fixed format, then the same for the other one."""
+"""Extraction: pull the name and a field of one of two people out of a note in its format, then the same for the other one."""
 
 import random
 
@@ -13,28 +13,27 @@ CITIES = (
     "Oslo", "Lima", "Rome", "Paris", "Cairo", "Tokyo", "Delhi", "Quito", "Berlin", "Madrid",
     "Dublin", "Athens", "Vienna", "Lisbon", "Prague", "Seoul",
 )  # fmt: skip
-FIELDS = (("name", "city"), ("name", "age"), ("city", "age"))
+FIELDS = ("age", "city")
 
 
 def draw(rng: random.Random) -> Item:
-    jobs = rng.sample(JOBS, 2)
     people = [
         {"name": name, "age": str(age), "job": job, "city": city}
         for name, age, job, city in zip(
-            rng.sample(NAMES, 2), rng.sample(range(20, 70), 2), jobs, rng.sample(CITIES, 2), strict=True
+            rng.sample(NAMES, 2), rng.sample(range(20, 70), 2), rng.sample(JOBS, 2), rng.sample(CITIES, 2), strict=True
         )
     ]
-    wanted = rng.choice(FIELDS)
+    field = rng.choice(FIELDS)
+    note = "; ".join(f"{p['job']} {p['name']}, age {p['age']}, city {p['city']}" for p in people)
     asked, other = rng.sample(people, 2)
-    note = " ".join(f"{p['name']}, aged {p['age']}, is a {p['job']} in {p['city']}." for p in people)
     return Item(
         skill="extraction",
         questions=(
-            f"Note: {note} Extract the {wanted[0]} and {wanted[1]} of the {asked['job']}.",
+            f"Note: {note}. Extract the name and the {field} of the {asked['job']}.",
             f"Do the same for the {other['job']}.",
         ),
         answers=(
-            f"{wanted[0]}: {asked[wanted[0]]}, {wanted[1]}: {asked[wanted[1]]}",
-            f"{wanted[0]}: {other[wanted[0]]}, {wanted[1]}: {other[wanted[1]]}",
+            f"{asked['job']} {asked['name']}, {field} {asked[field]}",
+            f"{other['job']} {other['name']}, {field} {other[field]}",
         ),
     )

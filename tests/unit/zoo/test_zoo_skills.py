@@ -36,16 +36,31 @@ def solve_roleplay(first: str, second: str) -> tuple[str, str]:
 
 
 def solve_reasoning(first: str, second: str) -> tuple[str, str]:
-    above = re.findall(r"(\w+) is \w+ than (\w+)\.", first)
+    low = {
+        "shorter",
+        "younger",
+        "slower",
+        "poorer",
+        "quieter",
+        "shortest",
+        "youngest",
+        "slowest",
+        "poorest",
+        "quietest",
+    }
+    one, word, two = re.match(r"(\w+) is (\w+) than (\w+)", first).groups()
+    pairs = [(two, one) if word in low else (one, two)]
+    subject, word, three = re.search(r"(, who is|and) (\w+) than (\w+)\.", first).groups()
+    left = one if subject == "and" else two
+    pairs.append((three, left) if word in low else (left, three))
     height = {
-        name: sum(name == winner for winner, _ in above) - sum(name == loser for _, loser in above)
-        for name in sum(above, ())
+        name: sum(name == over for over, _ in pairs) - sum(name == under for _, under in pairs)
+        for name in (one, two, three)
     }
 
     def answer(question: str) -> str:
-        place = re.search(r"ho is (.*)\?", question)[1]
-        low = place.removeprefix("the ") in ("shortest", "youngest", "slowest", "poorest", "quietest")
-        wanted = 0 if place == "in the middle" else -1 if low else 1
+        place = re.search(r"hich of (?:the three|them) is (.*)\?", question)[1]
+        wanted = 0 if place == "in the middle" else -1 if place.removeprefix("the ") in low else 1
         return f"{next(name for name, score in height.items() if score == wanted)} is {place}."
 
     return answer(first), answer(second)
@@ -59,27 +74,24 @@ def solve_math(first: str, second: str) -> tuple[str, str]:
 
 
 def solve_coding(first: str, second: str) -> tuple[str, str]:
-    words = dict(re.findall(r"(\w) = '(\w+)'", first))
+    word, number = re.search(r"s = '(\w+)' and n = (\d+)", first).groups()
 
     def answer(question: str) -> str:
-        code = re.search(r"does (.*) return\?", question)[1]
-        return f"It returns '{eval(code, {'__builtins__': {}}, dict(words))}'."
+        shown = eval(re.search(r"print(\(.*\)) show", question)[1], {"__builtins__": {}}, {"s": word, "n": int(number)})
+        return f"It shows {shown[0]} {shown[1]}."
 
     return answer(first), answer(second)
 
 
 def solve_extraction(first: str, second: str) -> tuple[str, str]:
-    people = [
-        dict(zip(("name", "age", "job", "city"), found, strict=True))
-        for found in re.findall(r"(\w+), aged (\d+), is a (\w+) in (\w+)\.", first)
-    ]
-    one, two, job = re.search(r"Extract the (\w+) and (\w+) of the (\w+)\.", first).groups()
-
-    def answer(wanted: str) -> str:
-        person = next(person for person in people if person["job"] == wanted)
-        return f"{one}: {person[one]}, {two}: {person[two]}"
-
-    return answer(job), answer(re.search(r"(\w+)\.$", second)[1])
+    people = {
+        job: {"name": name, "age": age, "city": city}
+        for job, name, age, city in re.findall(r"(\w+) (\w+), age (\d+), city (\w+)", first)
+    }
+    field = re.search(r"the name and the (\w+) of", first)[1]
+    jobs = [re.search(r"(\w+)\.$", question)[1] for question in (first, second)]
+    one, two = (f"{job} {people[job]['name']}, {field} {people[job][field]}" for job in jobs)
+    return one, two
 
 
 def solve_stem(first: str, second: str) -> tuple[str, str]:
