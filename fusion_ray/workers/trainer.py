@@ -1,0 +1,207 @@
+"""One rank's distillation (paper.md 1.1; design.md section 6, distill), written as if there were no Ray: it needs an initialised torch process group.
+
+float32 master weights, DeepSpeed ZeRO 1-3, torch's AdamW, a learning rate and a batch that are functions of the step. A rank's loss is a sum; it is
+divided by the global batch's count of predicting positions, which every rank knows from the rows' index, so any split of the batch into ranks and
+micro-batches gives the gradient of the same mean. Called by stages/distill.py and, in a plain process, by tests.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from fusion_ray.config import DistillConfig
+from fusion_ray.records import Report
+from fusion_ray.store import Folder
+from fusion_ray.workers.export import export, gather_weights
+from fusion_ray.workers.figures import Clock, averages
+from fusion_ray.workers.rows import Batch, Rows
+from fusion_ray.workers.schedule import Schedule, StepPlan, learning_rate
+from fusion_ray.workers.student import METRICS, load_student, vocabulary_rows
+from fusion_ray.workers.training_state import Checkpoints, Progress
+from fusion_ray.workers.zero import count_parameters, partitioned_load, settle, start_engine
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a run reads and writes. `cache` and `scratch` are local to this machine; `checkpoints` is storage that every rank reaches."""
+
+    pivot: str
+    shards: Sequence[str]
+    cache: str
+    scratch: str
+    checkpoints: Folder
+    export: str
+
+
+def train(
+    places: Places,
+    config: DistillConfig,
+    *,
+    key: str,
+    seed: int,
+    trust_remote_code: bool = False,
+    threads: int = 1,
+    report: Report,
+) -> dict[str, object]:
+    """Train to the end from the newest checkpoint, export on rank 0, and return the run's facts (no times: equal runs give equal facts).
+
+    Collective over the process group. `report` is called on rank 0 after every step. Raises ValueError for rows or checkpoints that do not fit, for a
+    loss that is not finite, and for an export that is not the model.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    settle(device, threads)
+    fuse = config.fusion != "none"
+    with partitioned_load(config):
+        student = load_student(
+            places.pivot,
+            trust_remote_code=trust_remote_code,
+            head_chunk=config.head_chunk,
+            gradient_checkpointing=config.gradient_checkpointing,
+            objective=_objective(config) if fuse else None,
+        )
+    rows = Rows(
+        places.shards,
+        cache=places.cache,
+        vocabulary=vocabulary_rows(student.model),
+        max_length=config.max_length,
+        targets=fuse,
+    )
+    schedule = Schedule(
+        rows.lengths,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        epochs=config.epochs,
+        world_size=world_size,
+        seed=seed,
+    )
+    engine = start_engine(student, config)
+    student.check_head(device)
+    checkpoints = Checkpoints(places.checkpoints, scratch=Path(places.scratch), key=key, seed=seed)
+    progress = checkpoints.load(engine) or Progress(0, {})
+    totals = progress.totals
+    logger.info("training from step %d to %d on %d rows", progress.step, schedule.steps, len(rows))
+    clock = Clock(schedule.steps)
+    student.train()
+    for number in range(progress.step, schedule.steps):
+        plan = schedule.step(number)
+        rate = learning_rate(
+            number,
+            schedule.steps,
+            peak=config.learning_rate,
+            warmup_ratio=config.warmup_ratio,
+            schedule=config.schedule,
+        )
+        torch.manual_seed((seed * 1_000_003 + number) * 4096 + rank)  # dropout, where a model has it
+        sums = _step(engine, rows, plan, rate=rate, rank=rank, device=device)
+        norm = float(engine.get_global_grad_norm())
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"the gradient of step {number + 1} is not finite; rows of the batch: {_names(rows, plan.rows)}. Lower distill.learning_rate or max_grad_norm"
+            )
+        total = totals.setdefault(str(plan.epoch), dict.fromkeys(METRICS, 0.0))
+        for name, value in sums.items():
+            total[name] += value
+        if rank == 0:
+            tokens = int(rows.lengths[plan.rows].sum())
+            figures = {"epoch": plan.epoch, **averages(sums), "learning_rate": rate, "grad_norm": norm}
+            report(
+                {"done": number + 1, "total": schedule.steps, "unit": "steps"}
+                | figures
+                | clock.tick(number + 1, tokens)
+            )
+        if (number + 1) % config.checkpoint_every == 0 and number + 1 < schedule.steps:
+            checkpoints.save(engine, Progress(number + 1, totals))
+    weights = gather_weights(student.model, keep=rank == 0)
+    dtype = _on_rank_0(
+        lambda: export(student.model, weights, Path(places.export), pivot=Path(places.pivot), dtype=config.export_dtype)
+    )
+    return {
+        "steps": schedule.steps,
+        "rows": len(rows),
+        "rows_cut": rows.cut,
+        "rows_empty": rows.empty,
+        "tokens_an_epoch": int(rows.lengths.sum()),
+        "positions_an_epoch": int(rows.positions.sum()),
+        "parameters": count_parameters(student),
+        "dtype": dtype,
+        "epochs": [averages(totals[str(epoch)]) for epoch in range(config.epochs)],
+    }
+
+
+def _step(
+    engine: DeepSpeedEngine, rows: Rows, plan: StepPlan, *, rate: float, rank: int, device: torch.device
+) -> dict[str, float]:
+    """Forward, backward and update of one global batch; returns the batch's global METRICS sums.
+
+    Every rank runs equally many micro-batches, as ZeRO's collectives need; one without rows of its own runs the shortest of the batch at weight 0.
+    Raises ValueError, on every rank and before the update, naming the rows whose loss is not finite.
+    """
+    count = int(rows.positions[plan.rows].sum())
+    shortest = min(plan.rows, key=lambda row: (rows.lengths[row], row))
+    sums = torch.zeros(len(METRICS), dtype=torch.float64)
+    broken = torch.zeros(len(plan.rows), dtype=torch.float64)
+    for members in plan.micro_batches[rank]:
+        loss, metrics = engine(*_tensors(rows.collate(members or [shortest]), device))
+        engine.backward(loss * (dist.get_world_size() / count if members else 0.0), scale_wrt_gas=False)
+        if not members:
+            continue
+        sums += metrics.double().cpu()
+        if not bool(torch.isfinite(loss)):
+            broken[[plan.rows.index(row) for row in members]] = 1.0
+    shared = torch.cat([sums, broken]).to(device)
+    dist.all_reduce(shared)
+    sums, broken = shared[: len(METRICS)].cpu(), shared[len(METRICS) :].cpu()
+    if bool(broken.any()):
+        bad = [plan.rows[index] for index in broken.nonzero()[:, 0].tolist()]
+        raise ValueError(
+            f"the loss is not finite; rows of the micro-batches concerned: {_names(rows, bad)}. Remove them from the corpus, or lower distill.learning_rate"
+        )
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    engine.step()
+    return dict(zip(METRICS, sums.tolist(), strict=True))
+
+
+def _tensors(batch: Batch, device: torch.device) -> list[torch.Tensor | None]:
+    arrays = (batch.ids, batch.position, batch.head_ids, batch.topk_logprobs, batch.has_target, batch.from_source)
+    return [None if array is None else torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays]
+
+
+def _objective(config: DistillConfig) -> dict[str, str | float]:
+    return {
+        "lm_weight": config.lm_weight,
+        "on_pivot_win": config.on_pivot_win,
+        "divergence_name": config.divergence,
+        "tail": config.tail,
+        "temperature": config.temperature,
+    }
+
+
+def _names(rows: Rows, members: Sequence[int], most: int = 16) -> str:
+    named = ", ".join(repr(rows.id(row)) for row in members[:most])
+    return named if len(members) <= most else f"{named} and {len(members) - most} more"
+
+
+def _on_rank_0(work: Callable[[], str]) -> str:
+    """Rank 0's result on every rank; its ValueError is raised on every rank too, so that none waits for ever."""
+    box: list[tuple[str, str]] = [("", "")]
+    if dist.get_rank() == 0:
+        try:
+            box = [("done", work())]
+        except ValueError as error:
+            box = [("failed", str(error))]
+    dist.broadcast_object_list(box, src=0)
+    outcome, value = box[0]
+    if outcome == "failed":
+        raise ValueError(value)
+    return value

@@ -1,0 +1,45 @@
+"""One rank of tests/ray/training.py: `python train_process.py TASK`, TASK as JSON. No Ray anywhere."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch.distributed as dist
+
+from fusion_ray.config import DistillConfig
+from fusion_ray.store import Folder
+from fusion_ray.workers.trainer import Places, train
+
+
+def main(task: dict) -> None:
+    work, rank = Path(task["work"]), task["rank"]
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(task["world_size"])}
+    dist.init_process_group("gloo", init_method=f"file://{task['store']}", rank=rank, world_size=task["world_size"])
+
+    def report(figures: Mapping[str, object]) -> None:
+        with open(work / "reports.jsonl", "a") as file:
+            file.write(json.dumps(figures) + "\n")
+        if figures["done"] == task["stop_after"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    places = Places(
+        pivot=task["pivot"],
+        shards=task["shards"],
+        cache=str(work / "cache"),
+        scratch=str(work / f"scratch-{rank}"),
+        checkpoints=Folder(task.get("checkpoints") or str(work / "checkpoints")),
+        export=str(work / "export"),
+    )
+    facts = train(places, DistillConfig.model_validate(task["config"]), key=task["key"], seed=7, report=report)
+    if rank == 0:
+        (work / "facts.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
