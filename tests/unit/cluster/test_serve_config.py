@@ -1,0 +1,62 @@
+"""The RayService's embedded Serve configuration against Ray's own schemas, and the application that it names."""
+
+import copy
+import inspect
+from pathlib import Path
+from typing import Any  # parsed YAML
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+pytestmark = pytest.mark.ray  # ray.serve.llm imports vLLM: seconds, though nothing is started
+
+FILE = Path(__file__).resolve().parents[3] / "cluster" / "kuberay" / "rayservice-endpoint.yaml"
+
+
+@pytest.fixture(scope="module")
+def config() -> dict[str, Any]:
+    resource = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    return yaml.safe_load(resource["spec"]["serveConfigV2"])
+
+
+def test_ray_accepts_the_deployment(config: dict[str, Any]) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    parsed = ServeDeploySchema.model_validate(config)
+    assert parsed.http_options.host == "0.0.0.0"
+    wrong = copy.deepcopy(config)
+    wrong["applications"][0]["route_prefixx"] = "/"
+    with pytest.raises(ValidationError):
+        ServeDeploySchema.model_validate(wrong)
+
+
+def test_ray_accepts_the_models(config: dict[str, Any]) -> None:
+    from ray.serve.llm import LLMServingArgs
+
+    models = config["applications"][0]["args"]["llm_configs"]
+    assert len(LLMServingArgs.model_validate({"llm_configs": models}).llm_configs) == len(models)
+    wrong = copy.deepcopy(models)
+    wrong[0]["engine_kwarg"] = wrong[0].pop("engine_kwargs")
+    with pytest.raises(ValidationError):
+        LLMServingArgs.model_validate({"llm_configs": wrong})
+
+
+def test_engine_arguments_are_vllm_s(config: dict[str, Any]) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    known = set(inspect.signature(AsyncEngineArgs).parameters)
+    for model in config["applications"][0]["args"]["llm_configs"]:
+        assert set(model["engine_kwargs"]) <= known - {"model", "served_model_name"}
+
+
+def test_the_application_exists_and_takes_these_arguments(config: dict[str, Any]) -> None:
+    import importlib
+
+    application = config["applications"][0]
+    module, _, name = application["import_path"].partition(":")
+    build = getattr(importlib.import_module(module), name)
+    with pytest.raises(ValueError, match="unknown argument"):
+        build({**application["args"], "llm_config": []})
+    for argument in application["args"]:
+        assert argument in (build.__doc__ or ""), f"build_app's docstring does not name {argument}"
