@@ -31,6 +31,8 @@ class ShardWriter:
 
     def write(self, name: str, values: torch.Tensor) -> None:
         """Append elements (n,) of the tensor whose turn it is, in its planned type."""
+        if values.numel() == 0:
+            return
         while self._remaining[self._current] == 0:
             self._current += 1
         tensor = self._unit.tensors[self._current]
