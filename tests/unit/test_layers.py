@@ -19,20 +19,18 @@ LEVELS = {
     **dict.fromkeys(("corpus", "checkpoints", "graph"), 2),
     **dict.fromkeys(("workers", "zoo", "schedule"), 3),
     **dict.fromkeys(("stages", "progress"), 4),
-    "pipeline": 5,
-    **dict.fromkeys(("plan", "summary", "views", "doctor"), 6),
+    **dict.fromkeys(("pipeline", "plan"), 5),
+    **dict.fromkeys(("summary", "views", "doctor"), 6),
     "cli": 7,
 }
 # What a PURE package may import: arrays and arithmetic. No files, no clock, no logging, no global randomness, no collectives.
 PURE_THIRD_PARTY = {"numpy", "numba", "torch", "pyarrow", "rapidfuzz"}
-PURE_FORBIDDEN_STDLIB = {
-    *(
+PURE_FORBIDDEN_STDLIB = set(
+    [
         "asyncio",
         "datetime",
-        "ftplib",
         "glob",
         "http",
-        "io",
         "logging",
         "multiprocessing",
         "os",
@@ -40,8 +38,6 @@ PURE_FORBIDDEN_STDLIB = {
         "pickle",
         "random",
         "secrets",
-    ),
-    *(
         "shelve",
         "shutil",
         "signal",
@@ -54,8 +50,8 @@ PURE_FORBIDDEN_STDLIB = {
         "time",
         "urllib",
         "uuid",
-    ),
-}
+    ]
+)
 HEAVY = ("torch", "ray", "vllm", "deepspeed", "transformers", "numba", "altair")
 
 

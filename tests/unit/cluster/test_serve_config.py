@@ -20,15 +20,35 @@ def config() -> dict[str, Any]:
     return yaml.safe_load(resource["spec"]["serveConfigV2"])
 
 
+def unknown_fields(config: dict[str, Any]) -> list[str]:
+    """Ray's schemas let an unknown field pass in silence, so the names are compared here."""
+    from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
+
+    found = set(config) - set(ServeDeploySchema.model_fields)
+    found |= set(config.get("http_options", {})) - set(HTTPOptionsSchema.model_fields)
+    for application in config["applications"]:
+        found |= set(application) - set(ServeApplicationSchema.model_fields)
+    return sorted(found)
+
+
 def test_ray_accepts_the_deployment(config: dict[str, Any]) -> None:
     from ray.serve.schema import ServeDeploySchema
 
     parsed = ServeDeploySchema.model_validate(config)
-    assert parsed.http_options.host == "0.0.0.0"
+    assert (parsed.http_options.host, parsed.http_options.port) == ("0.0.0.0", 8000)
+    assert unknown_fields(config) == []
     wrong = copy.deepcopy(config)
-    wrong["applications"][0]["route_prefixx"] = "/"
+    wrong["applications"][0]["route_prefix"] = "no-slash"
     with pytest.raises(ValidationError):
         ServeDeploySchema.model_validate(wrong)
+
+
+@pytest.mark.parametrize("where", ["top", "http", "application"])
+def test_a_misspelt_field_is_caught(config: dict[str, Any], where: str) -> None:
+    wrong = copy.deepcopy(config)
+    place = {"top": wrong, "http": wrong["http_options"], "application": wrong["applications"][0]}[where]
+    place["route_prefixx"] = "/"
+    assert unknown_fields(wrong) == ["route_prefixx"]
 
 
 def test_ray_accepts_the_models(config: dict[str, Any]) -> None:
