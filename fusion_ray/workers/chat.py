@@ -72,6 +72,10 @@ class ChatModel:
         bits = sum(label_bits(row, top.at(row.position)) for row, top in zip(rows, answers, strict=True))
         return bits, sum(row.bytes for row in rows)
 
+    def close(self) -> None:
+        """Frees the engine's memory; the model answers no more."""
+        self._engine.close()
+
 
 def _so_far(turns: Sequence[str], answers: Sequence[str]) -> list[Message]:
     """The conversation up to the turn that is asked next."""

@@ -5,6 +5,7 @@ full-vocabulary logits of a step are not profiled, so tokens a step are bounded 
 of its key-value cache is given; a prompt as long as the model's window is refused.
 """
 
+import gc
 import logging
 import os
 import time
@@ -99,7 +100,7 @@ class Engine:
             arguments["kv_cache_memory_bytes"] = max(1 << 28, 8 * self.max_model_len * shape.kv_bytes)
         else:
             arguments["gpu_memory_utilization"] = 0.85
-        self._llm = LLM(**(arguments | dict(engine or {})))  # type: ignore[arg-type]
+        self._llm = LLM(**(arguments | dict(engine or {})))
         logger.info("%s: engine ready in %.1f s", self.name, time.monotonic() - started)
 
     def locate(self, messages: Sequence[Message]) -> Located:
@@ -138,6 +139,12 @@ class Engine:
         requests = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         answers = self._llm.generate(requests, sampling, use_tqdm=False)
         return [[token for token in answer.outputs[0].token_ids if token not in stop] for answer in answers]
+
+    def close(self) -> None:
+        """Frees weights and key-value cache, so that this process may load another model; dropping the last reference alone frees neither."""
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        gc.collect()
 
 
 def load_tokenizer(folder: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
