@@ -174,6 +174,7 @@ class EvaluateConfig(Section):
     questions: str | None = Field(None, description="FastChat question file with exact references in `reference`")
     heldout: str | None = Field(None, description="conversations for held-out bits per byte, any format of the corpus")
     max_tokens: int = Field(1024, ge=1)
+    max_length: int = Field(2048, ge=8, description="tokens of a held-out row or of a question with its context")
     concurrency: int = Field(16, ge=1)
     bootstrap: int = Field(2000, ge=100)
     judge: JudgeConfig | None = None
