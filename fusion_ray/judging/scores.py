@@ -80,7 +80,7 @@ def bootstrap_mean(values: Sequence[float], rng: np.random.Generator, *, samples
     return Interval(float(array.mean()), float(low), float(high), len(array))
 
 
-def paired_bootstrap(
+def paired_difference(
     first: Sequence[float], second: Sequence[float], rng: np.random.Generator, *, samples: int = 2000
 ) -> Difference:
     """The mean of `first - second` item by item: (n,) scores of two models on the same items in the same order.

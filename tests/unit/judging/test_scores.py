@@ -12,7 +12,7 @@ from fusion_ray.judging.scores import (
     exact_match,
     item_score,
     normalise,
-    paired_bootstrap,
+    paired_difference,
     summarise,
     summarise_ratings,
 )
@@ -83,7 +83,7 @@ def test_coverage_of_the_interval_over_many_draws() -> None:
 def test_paired_difference_sees_what_unpaired_intervals_hide() -> None:
     hard = rng(3).random(200)  # items differ far more than the models do
     first, second = list(hard + 0.02 * rng(4).random(200)), list(hard)
-    difference = paired_bootstrap(first, second, rng())
+    difference = paired_difference(first, second, rng())
     assert difference.mean == pytest.approx(0.01, abs=0.002)
     assert not difference.inside_noise
     assert difference.p < 0.01
@@ -92,18 +92,18 @@ def test_paired_difference_sees_what_unpaired_intervals_hide() -> None:
 
 def test_paired_difference_of_a_model_with_itself_is_noise() -> None:
     scores = list(rng().random(50))
-    difference = paired_bootstrap(scores, scores, rng())
+    difference = paired_difference(scores, scores, rng())
     assert (difference.mean, difference.low, difference.high, difference.p) == (0, 0, 0, 1)
     assert difference.inside_noise
 
 
 def test_paired_difference_changes_sign_when_the_models_change_places() -> None:
     first, second = list(rng(1).random(80)), list(rng(2).random(80))
-    there, back = paired_bootstrap(first, second, rng(7)), paired_bootstrap(second, first, rng(7))
+    there, back = paired_difference(first, second, rng(7)), paired_difference(second, first, rng(7))
     assert there.mean == pytest.approx(-back.mean)
     assert (there.low, there.high, there.p) == pytest.approx((-back.high, -back.low, back.p))
     with pytest.raises(ValueError, match="80 scores against 79"):
-        paired_bootstrap(first, second[:-1], rng())
+        paired_difference(first, second[:-1], rng())
 
 
 def test_summarise_by_category_and_overall() -> None:
