@@ -1,0 +1,193 @@
+"""distill: the pivot fine-tuned to one source's target by a Ray Train worker group with DeepSpeed (design.md section 6). Called by pipeline.py.
+
+`out` ends as a plain Hugging Face folder with `metrics.jsonl` (one line a step) and `training.json`. While it runs, `out/_work` holds the checkpoints and
+the metrics; a run whose driver, node or worker died goes on from the last checkpoint when the stage is called again. Several may run side by side in
+threads of one driver: nothing here is global but the settings of Ray Train below.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from fusion_ray.config import DistillConfig, ModelConfig, WorkerResources
+from fusion_ray.models import local_folder
+from fusion_ray.records import Report
+from fusion_ray.store import UNITS, Artifact, Folder, Manifest, StoreError
+from fusion_ray.workers.metrics_log import MetricsLog, last_line
+
+logger = logging.getLogger(__name__)
+
+WORK = "_work"
+METRICS = "metrics.jsonl"
+FACTS = "training.json"
+MAX_WORKER_DEATHS = 3
+POLL_SECONDS = 0.5
+
+# Read by Ray Train's controller. An autoscaled node takes minutes to start (its default is 60 s); a finished group is noticed at the next health check.
+TRAIN_ENV = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker is told. Picklable; paths are found again on the worker's own node."""
+
+    out: Artifact
+    rows: Artifact
+    pivot: ModelConfig
+    config: DistillConfig
+    seed: int
+    threads: int
+    on_gpu: bool
+
+
+def distill(
+    out: Artifact,
+    rows: Artifact,
+    *,
+    pivot: ModelConfig,
+    config: DistillConfig,
+    seed: int,
+    resources: WorkerResources,
+    report: Report,
+) -> Manifest:
+    """Train on `rows` (an align artefact; with config.fusion "none" a teach artefact of the pivot does) and seal `out`.
+
+    Raises ValueError for rows, a checkpoint or a loss that do not allow it (workers/trainer.py), StoreError for the storage, and Ray Train's
+    TrainingFailedError when workers die more often than MAX_WORKER_DEATHS.
+    """
+    if out.sealed:
+        return out.manifest()
+    if out.unit(FACTS) is None:  # committed last: with it, everything is
+        logger.info("distill %s: %d rows, %d workers", out.key, rows.manifest().rows, resources.max_workers)
+        task = Task(out, rows, pivot, config, seed, max(1, int(resources.cpus)), resources.gpus > 0)
+        _train(task, resources, report)
+    names = [name.removeprefix(f"{UNITS}/").removesuffix(".json") for name in out.names(UNITS)]
+    units = [unit for name in names if (unit := out.unit(name)) is not None]
+    manifest = out.seal(units, out.read_json(FACTS))
+    out.remove(WORK)
+    logger.info("distill %s: done, %s steps", out.key, manifest.info["steps"])
+    return manifest
+
+
+def _train(task: Task, resources: WorkerResources, report: Report) -> None:
+    for name, value in TRAIN_ENV.items():
+        os.environ.setdefault(name, value)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"task": task},
+        torch_config=TorchConfig(backend="nccl" if task.on_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.max_workers, use_gpu=task.on_gpu, resources_per_worker=_per_worker(resources)
+        ),
+        run_config=ray.train.RunConfig(
+            # A new name each time: what there is to resume from is found by workers/training_state.py, not by Ray Train.
+            name=f"{task.out.key[:12]}-{secrets.token_hex(4)}",
+            storage_path=_ray_path(task.out, f"{WORK}/ray"),
+            failure_config=ray.train.FailureConfig(max_failures=MAX_WORKER_DEATHS),
+        ),
+    )
+    error = _fit(trainer, task.out, report)
+    if error:
+        raise ValueError(error)
+
+
+def _fit(trainer: TorchTrainer, out: Artifact, report: Report) -> str | None:
+    """Run the trainer to its end while the newest line of metrics.jsonl is reported; returns what a worker refused the work for.
+
+    In a thread of its own, as fit() blocks, and in the main thread would replace the process's handler of Ctrl-C.
+    """
+    outcome: dict[str, ray.train.Result | BaseException] = {}
+
+    def run() -> None:
+        try:
+            outcome["result"] = trainer.fit()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run, daemon=True, name="distill-fit")
+    thread.start()
+    told = 0
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        with contextlib.suppress(FileNotFoundError):  # being replaced at this moment
+            figures = last_line(out, f"{WORK}/{METRICS}")
+            if figures is not None and figures["done"] != told:
+                told = int(str(figures["done"]))
+                report(figures)
+    failure = outcome.get("error")
+    if isinstance(failure, WorkerGroupError):
+        for cause in failure.worker_failures.values():
+            if isinstance(cause, StoreError):
+                raise cause from failure
+    if isinstance(failure, BaseException):
+        raise failure
+    value = getattr(outcome["result"], "return_value", None)
+    return str(value["error"]) if isinstance(value, dict) and "error" in value else None
+
+
+def _work(train_loop_config: dict[str, Task]) -> dict[str, str]:
+    """One rank, in its Ray Train worker. What the user must mend is returned, as an exception would be retried in vain."""
+    task = train_loop_config["task"]
+    if not task.on_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported, which no driver does
+    from fusion_ray.workers.trainer import Places, train
+
+    context = ray.train.get_context()
+    out, rank = task.out, context.get_world_rank()
+    local = Path(tempfile.gettempdir()) / "fusion_ray" / "distill" / out.key
+    scratch = local / f"rank-{rank}"
+    metrics = MetricsLog(out, f"{WORK}/{METRICS}")
+    source = task.rows.local_folder()
+    shards = sorted(unit.name for unit in task.rows.manifest().units if unit.name.startswith("shard-"))
+    places = Places(
+        pivot=local_folder(task.pivot.path, task.pivot.revision),
+        shards=[f"{source}/{name}" for name in shards],
+        cache=str(local / "rows"),
+        scratch=str(scratch),
+        checkpoints=Folder(f"{out.url}/{WORK}/checkpoints"),
+        export=str(scratch / "export"),
+    )
+    try:
+        facts = train(
+            places,
+            task.config,
+            key=out.key,
+            seed=task.seed,
+            trust_remote_code=task.pivot.trust_remote_code,
+            threads=task.threads,
+            report=metrics.append,
+        )
+    except ValueError as error:
+        return {"error": str(error)}
+    if rank == 0:
+        metrics.close()
+        out.commit_folder(places.export)
+        out.commit_bytes(METRICS, out.read_bytes(f"{WORK}/{METRICS}"), rows=int(str(facts["steps"])))
+        out.commit_bytes(FACTS, (json.dumps(facts, indent=1, sort_keys=True) + "\n").encode())
+    shutil.rmtree(scratch, ignore_errors=True)
+    if context.get_local_rank() == 0:
+        shutil.rmtree(local / "rows", ignore_errors=True)
+    return {}
+
+
+def _per_worker(resources: WorkerResources) -> dict[str, float]:
+    wanted = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": (resources.memory_gb or 0) * (1 << 30)}
+    return {name: value for name, value in wanted.items() if value}
+
+
+def _ray_path(out: Artifact, name: str) -> str:
+    return out.path(name) if out.is_local else f"{out.url}/{name}"
