@@ -38,7 +38,7 @@ def test_ray_accepts_the_deployment(config: dict[str, Any]) -> None:
     assert (parsed.http_options.host, parsed.http_options.port) == ("0.0.0.0", 8000)
     assert unknown_fields(config) == []
     wrong = copy.deepcopy(config)
-    wrong["applications"][0]["route_prefix"] = "no-slash"
+    wrong["applications"][0]["import_path"] = "build_app"
     with pytest.raises(ValidationError):
         ServeDeploySchema.model_validate(wrong)
 
