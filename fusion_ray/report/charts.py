@@ -5,7 +5,6 @@ Colours are the page's CSS variables; a model keeps one style in every drawing a
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import altair as alt
 
@@ -18,9 +17,10 @@ from fusion_ray.report.content import (
     score_of,
     sorted_models,
 )
-from fusion_ray.report.svg import GRID, INK, PAPER, SOFT, inline_svg
+from fusion_ray.report.svg import GRID, INK, PAPER, SOFT, Style, inline_svg
 
 SERIES = 6  # --series-0 ... in page.css
+CURVE_POINTS = 500
 MATCHES = ("strict", "comparable", "inside", "none")
 MATCH_WORDS: Mapping[str, str] = {
     "strict": "same bytes",
@@ -28,16 +28,6 @@ MATCH_WORDS: Mapping[str, str] = {
     "inside": "inside a source token",
     "none": "no source token",
 }
-
-
-@dataclass(frozen=True)
-class Style:
-    """How one model is drawn. `color` is a CSS value; `dash` an SVG dash pattern."""
-
-    color: str
-    width: float = 1.6
-    dash: tuple[int, ...] = (1, 0)
-    fill: float = 0.0
 
 
 def model_styles(models: Sequence[ModelScores]) -> dict[str, Style]:
@@ -156,23 +146,22 @@ def overall_intervals(models: Sequence[ModelScores]) -> str:
 
 
 def training_curves(training: Mapping[str, Sequence[Mapping[str, float]]], losses: Mapping[str, str]) -> str:
-    """Loss by optimizer step, one panel a loss (`losses`: metric to its title), one line a branch."""
+    """Loss by optimizer step, one panel a loss (`losses`: metric to its title), one line a branch; "" where there is nothing to draw."""
     branches = list(training)
+    colour = alt.Color(
+        "branch:N",
+        scale=alt.Scale(domain=branches, range=[branch_colour(number) for number in range(len(branches))]),
+        legend=None,
+    )
     panels = []
     for metric, title in losses.items():
         rows = [
-            {"branch": branch, "step": row["step"], "loss": row[metric]}
+            {"branch": branch, "step": step, "loss": loss}
             for branch, metrics in training.items()
-            for row in metrics
-            if "step" in row and _finite(row.get(metric))
+            for step, loss in _curve(metrics, metric)
         ]
         if not rows:
             continue
-        colour = alt.Color(
-            "branch:N",
-            scale=alt.Scale(domain=branches, range=[branch_colour(n) for n in range(len(branches))]),
-            legend=None,
-        )
         panels.append(
             alt.Chart(_data(rows))
             .mark_line(
@@ -182,14 +171,26 @@ def training_curves(training: Mapping[str, Sequence[Mapping[str, float]]], losse
             )
             .encode(
                 alt.X("step:Q", title="optimizer step", axis=alt.Axis(grid=False, tickMinStep=1)),
-                alt.Y("loss:Q", title="nats a token", scale=alt.Scale(zero=False)),
+                alt.Y("loss:Q", title="nats a position", scale=alt.Scale(zero=False)),
                 colour,
             )
-            .properties(width=290, height=220, title=title)
+            .properties(width=440, height=220, title=title)
         )
     if not panels:
         return ""
     return inline_svg(alt.hconcat(*panels), f"Training losses by step for {', '.join(branches)}")
+
+
+def _curve(metrics: Sequence[Mapping[str, float]], name: str) -> list[tuple[float, float]]:
+    """(step, loss) of the steps that have a finite one; means of neighbours past CURVE_POINTS; no fusion loss where nothing was distilled."""
+    points = [
+        (row["step"], row[name])
+        for row in metrics
+        if "step" in row and _finite(row.get(name)) and not (name == "fusion" and row.get("distilled") == 0)
+    ]
+    width = math.ceil(len(points) / CURVE_POINTS)
+    bins = [points[start : start + width] for start in range(0, len(points), width)] if points else []
+    return [(sum(step for step, _ in part) / len(part), sum(loss for _, loss in part) / len(part)) for part in bins]
 
 
 def branch_colour(number: int) -> str:
@@ -199,14 +200,14 @@ def branch_colour(number: int) -> str:
 def merge_weights(weights: Sequence[MergeWeight], label: str) -> str:
     """Share of each target by layer (column) and matrix (row), one panel a target. The colour runs from the page's paper to the accent."""
     targets = list(dict.fromkeys(row["target"] for row in weights))
-    matrices = list(dict.fromkeys(row["matrix"] for row in weights))
+    matrices = list(dict.fromkeys(row["matrix"].removesuffix(".weight") for row in weights))
     layers = sorted({row["layer"] for row in weights if row["layer"] is not None})
     names = [str(layer) for layer in layers] + (["-"] if any(row["layer"] is None for row in weights) else [])
     top = max((row["weight"] for row in weights), default=1.0) or 1.0
     cells = [
         {
             "target": row["target"],
-            "matrix": row["matrix"],
+            "matrix": row["matrix"].removesuffix(".weight"),
             "layer": "-" if row["layer"] is None else str(row["layer"]),
             "opacity": row["weight"] / top,
             "text": f"{row['weight']:.2f}",

@@ -94,9 +94,9 @@ class AlignmentExample(TypedDict):
 class Extras(TypedDict, total=False):
     """What the page shows beyond report.json. Every part may be left out.
 
-    `training`: branch to the rows of its metrics.jsonl (`step` and any of LOSSES). `merges`: merge label to its weights.
-    `alignment_examples`: source to rows. `paired`: model to category (or `overall`) to the paired bootstrap interval of the difference model - pivot
-    over the same items. `judge`: model to turn (`turn 1`, `turn 2`, `both`) to the judge's mean score in 1..10.
+    `training`: branch to the rows of its metrics.jsonl (`step`, `sft`, `fusion`, `distilled`: the share of positions under the fusion loss).
+    `merges`: merge label to its weights. `alignment_examples`: source to rows. `paired`: model to category (or `overall`) to the paired bootstrap
+    interval of the difference model - pivot over the same items. `judge`: model to turn (`turn 1`, `turn 2`, `both`) to the judge's mean score in 1..10.
     """
 
     training: Mapping[str, Sequence[Mapping[str, float]]]

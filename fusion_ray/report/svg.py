@@ -1,10 +1,12 @@
-"""One altair chart to one inline SVG that follows the page's colours, needs nothing from the net and can stand beside others.
+"""How drawings look: one altair chart to one inline SVG that follows the page's colours, needs nothing from the net and can stand beside others.
 
-Colours are CSS variables of page.css (`var(--ink)`), so that the same drawing works in light, in dark and on paper. Called by charts.
+Colours are CSS variables of page.css (`var(--ink)`), so that the same drawing works in light, in dark and on paper. Called by charts, scores and process.
 """
 
 import hashlib
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from html import escape
 
 import altair as alt
@@ -42,6 +44,16 @@ _CONFIG: dict[str, object] = {
 }
 
 
+@dataclass(frozen=True)
+class Style:
+    """How one model is drawn. `color` is a CSS value; `dash` an SVG dash pattern."""
+
+    color: str
+    width: float = 1.6
+    dash: tuple[int, ...] = (1, 0)
+    fill: float = 0.0
+
+
 def inline_svg(chart: alt.LayerChart | alt.Chart | alt.FacetChart | alt.HConcatChart, label: str) -> str:
     """The drawing as one <svg> element that scales to its container, announced to screen readers as one image called `label`."""
     svg = vl_convert.vegalite_to_svg(chart.to_dict(), config=_CONFIG, allowed_base_urls=[])
@@ -66,3 +78,13 @@ def inline_svg(chart: alt.LayerChart | alt.Chart | alt.FacetChart | alt.HConcatC
 def _split(svg: str) -> tuple[str, str]:
     start = svg.index(">") + 1
     return svg[:start], svg[start : svg.rindex("</svg>")]
+
+
+def legend(entries: Iterable[tuple[str, Style]]) -> str:
+    """The names and line styles under a drawing, as an HTML list."""
+    items = "".join(
+        f'<li><svg viewBox="0 0 30 10" aria-hidden="true"><line x1="0" y1="5" x2="30" y2="5" stroke="{style.color}" stroke-width="{style.width}" '
+        f'stroke-dasharray="{" ".join(map(str, style.dash)) if style.dash[1] else "none"}"/></svg>{escape(name)}</li>'
+        for name, style in entries
+    )
+    return f'<ul class="legend">{items}</ul>'

@@ -96,10 +96,13 @@ def extras() -> Extras:
     return {
         "training": {
             "qwen": [
-                {"step": 1, "loss": 2.0, "sft": 1.0, "fusion": 3.0},
-                {"step": 2, "loss": 1.5, "sft": 0.9, "fusion": 2.5},
+                {"step": 1, "sft": 1.0, "fusion": 3.0, "distilled": 0.9},
+                {"step": 2, "sft": 0.9, "fusion": 2.5, "distilled": 0.8},
             ],
-            "sft": [{"step": 1, "loss": 1.0, "sft": 1.0}, {"step": 2, "loss": 0.8, "sft": 0.8}],
+            "sft": [
+                {"step": 1, "sft": 1.0, "fusion": 0.0, "distilled": 0.0},
+                {"step": 2, "sft": 0.8, "fusion": 0.0, "distilled": 0.0},
+            ],
         },
         "merges": {"varm": weights},
         "alignment_examples": {"qwen": [example]},
@@ -276,10 +279,24 @@ def test_categories_are_in_the_benchmarks_order_with_others_last(report: RunRepo
     assert categories(report["models"][:1]) == ["writing", "math", "poetry"]
 
 
-def test_steps_that_are_not_finite_are_not_drawn(report: RunReport) -> None:
-    rows = [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 1.0}]
+def test_steps_that_are_not_finite_are_not_drawn() -> None:
+    rows = [{"step": 1, "sft": float("nan")}, {"step": 2, "sft": 1.0}]
     assert len(drawings(build_report_html({"run": "x"}, {"training": {"a": rows}}))) == 1
     assert drawings(build_report_html({"run": "x"}, {"training": {"a": rows[:1]}})) == []
+
+
+def test_the_sft_control_has_no_fusion_curve(extras: Extras) -> None:
+    both = build_report_html({"run": "x"}, {"training": extras["training"]})
+    control = build_report_html({"run": "x"}, {"training": {"sft": extras["training"]["sft"]}})
+    assert ">fusion loss<" in both
+    assert ">fusion loss<" not in control
+    assert ">SFT loss<" in control
+
+
+def test_a_long_run_is_thinned() -> None:
+    rows = [{"step": step, "sft": 1 / step} for step in range(1, 20_001)]
+    page = build_report_html({"run": "x"}, {"training": {"a": rows}})
+    assert len(page) < 60_000
 
 
 def test_the_same_run_gives_the_same_page(report: RunReport, extras: Extras) -> None:
