@@ -155,4 +155,7 @@ def make_tiny_model(
                 torch.nn.init.normal_(parameter, std=0.15)
     model.to(getattr(torch, dtype)).save_pretrained(folder, safe_serialization=True)
     tok.save_pretrained(folder)
+    # Under the class name of transformers 5, AutoTokenizer rebuilds the tokenizer by the model's family; under this one it takes tokenizer.json.
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
     return folder
