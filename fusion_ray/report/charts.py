@@ -19,7 +19,7 @@ from fusion_ray.report.content import (
 )
 from fusion_ray.report.svg import GRID, INK, PAPER, SOFT, Style, inline_svg
 
-SERIES = 6  # --series-0 ... in page.css
+SERIES = 7  # --series-0 ... in page.css
 CURVE_POINTS = 500
 MATCHES = ("strict", "comparable", "inside", "none")
 MATCH_WORDS: Mapping[str, str] = {

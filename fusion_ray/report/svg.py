@@ -55,7 +55,7 @@ class Style:
 
 
 def inline_svg(chart: alt.LayerChart | alt.Chart | alt.FacetChart | alt.HConcatChart, label: str) -> str:
-    """The drawing as one <svg> element that scales to its container, announced to screen readers as one image called `label`."""
+    """The drawing as one <svg> element that scales to its container, a wide one down to 70%; screen readers announce one image called `label`."""
     svg = vl_convert.vegalite_to_svg(chart.to_dict(), config=_CONFIG, allowed_base_urls=[])
     opening, body = _split(svg)
     width, height = (
@@ -71,7 +71,7 @@ def inline_svg(chart: alt.LayerChart | alt.Chart | alt.FacetChart | alt.HConcatC
         )
     return (
         f'<svg class="chart" role="img" aria-label="{escape(label)}" viewBox="0 0 {width:g} {height:g}" '
-        f'style="max-width:{width:g}px"><g aria-hidden="true">{body}</g></svg>'
+        f'style="max-width:{width:g}px;--least:{0.7 * width if width > 700 else 0:g}px"><g aria-hidden="true">{body}</g></svg>'
     )
 
 

@@ -51,8 +51,7 @@ def difference(mean: float) -> Interval:
     return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
 
 
-@pytest.fixture
-def report() -> RunReport:
+def make_report() -> RunReport:
     return {
         "run": "demo",
         "versions": {"torch": "2.13.0"},
@@ -80,8 +79,7 @@ def report() -> RunReport:
     }
 
 
-@pytest.fixture
-def extras() -> Extras:
+def make_extras() -> Extras:
     weights: list[MergeWeight] = [
         {"layer": layer, "matrix": matrix, "target": target, "weight": 0.25 if target == "qwen" else 0.75}
         for layer in (0, 1, None)
@@ -112,6 +110,22 @@ def extras() -> Extras:
         },
         "judge": {"pivot": {"turn 1": 5.25, "turn 2": 4.5}},
     }
+
+
+@pytest.fixture
+def report() -> RunReport:
+    return make_report()
+
+
+@pytest.fixture
+def extras() -> Extras:
+    return make_extras()
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    """The page of the whole run, built once: drawing it takes most of a second."""
+    return build_report_html(make_report(), make_extras())
 
 
 class Page(HTMLParser):
@@ -147,8 +161,7 @@ def drawings(page: str) -> list[str]:
     return re.findall(r'<svg class="chart".*?</svg>', page, flags=re.DOTALL)
 
 
-def test_the_page_holds_every_part_and_is_well_formed(report: RunReport, extras: Extras) -> None:
-    page = build_report_html(report, extras)
+def test_the_page_holds_every_part_and_is_well_formed(page: str) -> None:
     parsed = Page(page)
     assert parsed.open == []
     for title in ("Scores", "Judge", "Training", "Merge weights", "Token alignment", "Stages", "Versions"):
@@ -159,8 +172,7 @@ def test_the_page_holds_every_part_and_is_well_formed(report: RunReport, extras:
         assert text in page, text
 
 
-def test_the_page_is_self_contained(report: RunReport, extras: Extras) -> None:
-    page = build_report_html(report, extras)
+def test_the_page_is_self_contained(page: str) -> None:
     parsed = Page(page)
     assert not {"script", "link", "img", "iframe", "object", "use"} & set(parsed.tags)
     assert "://" not in page
@@ -168,16 +180,16 @@ def test_the_page_is_self_contained(report: RunReport, extras: Extras) -> None:
     assert not [value for value in re.findall(r"url\(([^)]*)\)", page) if not value.startswith("#")]
 
 
-def test_every_drawing_is_announced_as_one_image_and_valid(report: RunReport, extras: Extras) -> None:
-    for drawing in drawings(build_report_html(report, extras)):
+def test_every_drawing_is_announced_as_one_image_and_valid(page: str) -> None:
+    for drawing in drawings(page):
         root = ElementTree.fromstring(drawing)
         assert root.get("role") == "img"
         assert len(root.get("aria-label") or "") > 20
         assert next(iter(root)).get("aria-hidden") == "true"
 
 
-def test_drawings_do_not_share_ids(report: RunReport, extras: Extras) -> None:
-    ids = re.findall(r'\bid="([^"]+)"', build_report_html(report, extras))
+def test_drawings_do_not_share_ids(page: str) -> None:
+    ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
 
 
@@ -250,7 +262,9 @@ def test_two_categories_give_a_table_without_a_radar(report: RunReport) -> None:
     assert ">coding</th>" in page
 
 
-def test_differences_to_the_pivot_are_marked_by_their_paired_interval(report: RunReport, extras: Extras) -> None:
+def test_differences_to_the_pivot_are_marked_by_their_paired_interval(
+    page: str, report: RunReport, extras: Extras
+) -> None:
     paired = extras["paired"]
     by_name = {entry["name"]: entry for entry in report["models"]}
     assert against_pivot(paired, by_name["fused-varm"], "overall") == "above"
@@ -258,12 +272,11 @@ def test_differences_to_the_pivot_are_marked_by_their_paired_interval(report: Ru
     assert against_pivot(paired, by_name["qwen"], "overall") == "below"
     assert against_pivot(paired, by_name["fused-varm"], "coding") is None
     assert against_pivot({"pivot": {"overall": difference(1.0)}}, by_name["pivot"], "overall") is None
-    page = build_report_html(report, extras)
     row = page[page.index('<tr class="fused">') :]
     row = row[: row.index("</tr>")]
     assert row.count("▲") == 1
     assert row.count("≈") == 1
-    assert "No paired intervals were given" in build_report_html(report)
+    assert "No paired intervals were given" in build_report_html({"run": "x", "models": report["models"][:1]})
 
 
 def test_models_are_ordered_by_role_and_the_best_source_is_found(report: RunReport) -> None:
@@ -299,8 +312,8 @@ def test_a_long_run_is_thinned() -> None:
     assert len(page) < 60_000
 
 
-def test_the_same_run_gives_the_same_page(report: RunReport, extras: Extras) -> None:
-    assert build_report_html(report, extras) == build_report_html(report, extras)
+def test_the_same_run_gives_the_same_page(page: str, report: RunReport, extras: Extras) -> None:
+    assert build_report_html(report, extras) == page
 
 
 def test_the_terminal_table_holds_every_model_and_mark(report: RunReport, extras: Extras) -> None:
