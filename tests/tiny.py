@@ -110,7 +110,8 @@ def make_tiny_model(
 ) -> Path:
     """Write a random-weight model of `family` (one of FAMILIES) with its tokenizer to `folder` and return the folder.
 
-    The vocabulary is padded to a multiple of 64, as most real ones are, so the last ids have no token.
+    The vocabulary is padded to a multiple of 64, as most real ones are, so the last ids have no token. AutoTokenizer (transformers 5) gives every qwen2
+    folder Qwen2's own normaliser and word split whatever its tokenizer.json says: take another family for a sentencepiece tokenizer.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -155,7 +156,4 @@ def make_tiny_model(
                 torch.nn.init.normal_(parameter, std=0.15)
     model.to(getattr(torch, dtype)).save_pretrained(folder, safe_serialization=True)
     tok.save_pretrained(folder)
-    # Under the class name of transformers 5, AutoTokenizer rebuilds the tokenizer by the model's family; under this one it takes tokenizer.json.
-    settings = folder / "tokenizer_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
     return folder
