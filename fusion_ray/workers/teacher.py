@@ -23,10 +23,17 @@ from fusion_ray.workers.engine import ENGINE, Engine
 
 logger = logging.getLogger(__name__)
 
+# Told the ids of the rows that the engine is about to read.
+Starting = Callable[[list[str]], None]
+
 
 @dataclass
 class Counts:
-    """What a shard came to. `bits` are of the labels that have bytes; `tokens` are those the engine read."""
+    """What a shard came to. `bits` are of the labels that have bytes; `tokens` are those the engine read.
+
+    `rows` are in the table; `rejected` could not be located, `quarantined` killed the engine or had logprobs that are not finite, and
+    `unreached` have no assistant token within the longest prompt.
+    """
 
     rows: int = 0
     positions: int = 0
@@ -36,6 +43,7 @@ class Counts:
     cut_rows: int = 0
     rejected: int = 0
     quarantined: int = 0
+    unreached: int = 0
 
     def add(self, other: "Counts") -> None:
         for name, value in asdict(other).items():
@@ -91,7 +99,7 @@ class Teacher:
         *,
         alone: Collection[str] = (),
         quarantined: Collection[str] = (),
-        starting: Callable[[list[str]], None] = lambda ids: None,
+        starting: Starting = lambda ids: None,
     ) -> Taught:
         """Teacher rows of the conversations; the same for the same conversations whatever was taught before.
 
@@ -115,7 +123,7 @@ class Teacher:
             kept = whole.cut(self._engine.max_prompt)
             counts.cut_rows += kept is not whole
             if len(kept.position) == 0:
-                counts.quarantined += 1
+                counts.unreached += 1
                 rejected.append(
                     _missing(
                         conversation,
@@ -146,9 +154,7 @@ class Teacher:
         rejected.sort(key=lambda missing: missing.row)
         return Taught(to_table(rows, top_k=self.top_k), counts, tuple(rejected))
 
-    def _read(
-        self, located: dict[str, Located], alone: Collection[str], starting: Callable[[list[str]], None]
-    ) -> dict[str, TopK]:
+    def _read(self, located: dict[str, Located], alone: Collection[str], starting: Starting) -> dict[str, TopK]:
         """The distributions at the predicting positions of each row."""
         together = [name for name in located if name not in alone]
         found: dict[str, TopK] = {}

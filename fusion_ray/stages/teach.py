@@ -1,0 +1,248 @@
+"""The teach stage: Ray Data hands the shards of the corpus to a pool of vLLM actors, and each actor commits its shards itself.
+
+What a shard goes through is in workers/teach_shard.py and knows no Ray. Ray Data only schedules: a shard counts once its unit is committed, so that Ray's
+own retries, a killed driver and a second run are all harmless. Ray restarts dead actors without end; the markers of workers/attempts.py bound that.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+import ray
+import ray.data
+import ray.exceptions
+from ray.data.exceptions import SystemException
+
+from fusion_ray.config import EngineArgs, ModelConfig, TeachConfig, WorkerResources
+from fusion_ray.corpus.readers import Rejected
+from fusion_ray.corpus.shards import REJECTED, encode_rejected
+from fusion_ray.records import Report
+from fusion_ray.store import Artifact, Manifest, Unit
+from fusion_ray.workers.attempts import FOLDER as ATTEMPTS
+
+logger = logging.getLogger(__name__)
+
+COUNTS = ("rows", "positions", "tokens", "bytes", "cut_rows", "rejected", "quarantined", "unreached")
+MISSING_SHOWN = 3
+MAX_BLOCKS = 10_000  # a block of Ray Data is one task; past this many shards, several share a task
+NO_PROGRESS_SECONDS = 3 * 3600  # a cluster that starts GPU nodes and loads large models first
+
+
+def teach(
+    out: Artifact,
+    corpus: Artifact,
+    *,
+    model: ModelConfig,
+    template: ModelConfig | None,
+    config: TeachConfig,
+    max_rejected: float,
+    seed: int,
+    resources: WorkerResources,
+    report: Report,
+) -> Manifest:
+    """Teacher rows of every shard of `corpus` under `model`, rendered by its own chat template or by that of `template`, and seal.
+
+    manifest.info: COUNTS over all shards, `bits_per_byte` of the labels, `bytes_per_position` on disk, `engine`. Raises ValueError naming the model and the
+    first row when more than `max_rejected` (a share) of the rows are missing, and whatever the engine's own start raises.
+    """
+    if out.sealed:
+        return out.manifest()
+    shards = [unit for unit in corpus.manifest().units if unit.name != REJECTED]
+    units = {unit.name: done for unit in shards if (done := out.unit(unit.name)) is not None}
+    todo = [unit.name for unit in shards if unit.name not in units]
+    logger.info("teach %s: %d of %d shards to do", model.name, len(todo), len(shards))
+    tally = _Tally(model, sum(unit.rows for unit in shards), max_rejected)
+    for unit in units.values():
+        tally.add(unit)
+    started, tokens = time.monotonic(), 0
+    for name in _pool(out, corpus, todo, model, template, config, seed, resources):
+        taught = out.unit(name)
+        if taught is None:
+            raise OSError(f"{out.url}/{name} was committed and is gone: the storage lost it; run again")
+        units[name] = taught
+        tally.add(taught)
+        tokens += _count(taught, "tokens")
+        rate = tokens / max(time.monotonic() - started, 1e-9)
+        report({"done": len(units), "total": len(shards), "unit": "shards", "tokens_per_second": rate})
+    return _seal(out, [units[unit.name] for unit in shards], model)
+
+
+class TeachShards:
+    """One actor: a Teacher that lives as long as the actor. Called by Ray Data with the names of shards."""
+
+    def __init__(
+        self,
+        out: Artifact,
+        corpus: Artifact,
+        model: ModelConfig,
+        template: ModelConfig | None,
+        config: TeachConfig,
+        seed: int,
+        engine: EngineArgs,
+    ) -> None:
+        # Here, as the driver must import neither vLLM nor torch.
+        from fusion_ray.models import local_folder
+        from fusion_ray.workers.engine import merged
+        from fusion_ray.workers.teacher import Teacher
+
+        self._out, self._corpus = out, corpus
+        self._unfit: ValueError | OSError | None = None
+        try:
+            self._teacher = Teacher(
+                local_folder(model.path, model.revision),
+                top_k=config.top_k,
+                max_length=config.max_length,
+                template_folder=None if template is None else local_folder(template.path, template.revision),
+                dtype=model.dtype,
+                trust_remote_code=model.trust_remote_code,
+                seed=seed,
+                engine=merged(config.engine, engine),
+                name=model.name,
+            )
+        except (ValueError, OSError) as error:
+            # Raised by the first shard: a constructor's own error reaches the driver only as the text of an actor's death, after retries.
+            self._unfit = error
+
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        from fusion_ray.workers.teach_shard import EngineBrokenError, teach_shard
+
+        if self._unfit is not None:
+            raise self._unfit
+        for name in batch["shard"]:
+            try:
+                teach_shard(self._teacher, self._corpus, self._out, str(name))
+            except EngineBrokenError:
+                # Ray moves a task to a fresh actor for a dead process only; a raised error would come back to this broken engine.
+                logger.exception("the engine is given up")
+                os._exit(1)
+        return {"shard": batch["shard"]}
+
+
+def _pool(
+    out: Artifact,
+    corpus: Artifact,
+    todo: Sequence[str],
+    model: ModelConfig,
+    template: ModelConfig | None,
+    config: TeachConfig,
+    seed: int,
+    resources: WorkerResources,
+) -> Iterator[str]:
+    """Names of shards as they are committed."""
+    if not todo:
+        return
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = False
+    context.max_errored_blocks = 0
+    context.max_consecutive_actor_init_deaths = 3
+    context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
+    context.wait_for_min_actors_s = -1
+    most = min(resources.max_workers, len(todo))
+    dataset = ray.data.from_items(
+        [{"shard": name} for name in todo], override_num_blocks=min(len(todo), MAX_BLOCKS)
+    ).map_batches(
+        TeachShards,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(min_size=min(resources.min_workers, most), max_size=most),
+        fn_constructor_kwargs={
+            "out": out,
+            "corpus": corpus,
+            "model": model,
+            "template": template,
+            "config": config,
+            "seed": seed,
+            "engine": resources.engine,
+        },
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus or None,
+        memory=None if resources.memory_gb is None else resources.memory_gb * 2**30,
+        runtime_env={"env_vars": _environment(resources)},
+    )
+    try:
+        for row in dataset.iter_rows():
+            yield str(row["shard"])
+    except ray.exceptions.RayError as error:
+        raise _cause(error) from error
+
+
+def _environment(resources: WorkerResources) -> dict[str, str]:
+    """What vLLM reads when it is imported. The engine lives in the actor's process; actors of one host share its cores instead of binding to the same ones."""
+    values = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if not resources.gpus:
+        values["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        values["OMP_NUM_THREADS"] = str(max(1, int(resources.cpus)))
+    passed = ("HF_HUB_OFFLINE", "HF_HOME", "HF_ENDPOINT")
+    return values | {name: os.environ[name] for name in passed if name in os.environ}
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error that a worker raised, out of Ray's wrappers; the wrapper itself where a process died."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, ray.exceptions.RayTaskError) and isinstance(found.cause, BaseException):
+            found = found.cause
+        elif isinstance(found, ray.exceptions.RayError):
+            found = found.__cause__
+        elif isinstance(found, SystemException):  # says only that it is no error of ours
+            return error
+        else:
+            return found
+    return error
+
+
+class _Tally:
+    """The rows that are missing so far. `add` raises ValueError, naming the model and the first rows, once they are too many."""
+
+    def __init__(self, model: ModelConfig, total: int, max_rejected: float) -> None:
+        self._model, self._total, self._allowed = model, total, max_rejected
+        self._counted = 0
+        self._first: list[str] = []
+
+    def add(self, unit: Unit) -> None:
+        self._counted += _count(unit, "rejected") + _count(unit, "quarantined")
+        self._first += [f"row {row.id}: {row.reason}" for row in _missing(unit)[: MISSING_SHOWN - len(self._first)]]
+        if self._counted > self._allowed * self._total:
+            raise ValueError(
+                f"{self._counted} of {self._total} rows cannot be taught by the model {self._model.name}, more than corpus.max_rejected = "
+                f"{self._allowed} allows. The first: {'; '.join(self._first)}"
+            )
+
+
+def _count(unit: Unit, name: str) -> int:
+    return int(unit.info[name])  # type: ignore[arg-type]
+
+
+def _missing(unit: Unit) -> list[Rejected]:
+    return [Rejected(**row) for row in unit.info["missing"]]  # type: ignore[union-attr, arg-type]
+
+
+def _seal(out: Artifact, units: Sequence[Unit], model: ModelConfig) -> Manifest:
+    missing = [row for unit in units for row in _missing(unit)]
+    info: dict[str, int | float | str] = {name: sum(_count(unit, name) for unit in units) for name in COUNTS}
+    rows, positions, size = (sum(_count(unit, name) for unit in units) for name in ("rows", "positions", "bytes"))
+    if not rows:
+        why = f"; the first: row {missing[0].id}: {missing[0].reason}" if missing else ""
+        raise ValueError(f"the model {model.name} can teach none of the {len(missing)} rows{why}")
+    bits = float(sum(float(unit.info["bits"]) for unit in units))  # type: ignore[arg-type, misc]
+    info |= {"bits_per_byte": bits / size, "bytes_per_position": sum(unit.bytes for unit in units) / positions}
+    info["engine"] = f"vllm {_vllm_version()}"
+    kept = [replace(unit, info={name: unit.info[name] for name in (*COUNTS, "bits")}) for unit in units]
+    rejected = out.commit_bytes(REJECTED, encode_rejected(missing), rows=len(missing))
+    manifest = out.seal([*kept, rejected], info)
+    out.remove(ATTEMPTS)
+    logger.info("teach %s: %d rows, %d positions, %.3f bits per byte", model.name, rows, positions, bits / size)
+    return manifest
+
+
+def _vllm_version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
