@@ -1,4 +1,4 @@
-"""Extraction: pull the name and a field of one of two people out of a note in its format, then the same for the other one."""
+"""Extraction: pull two named fields out of one of three records of job, name and city, then out of another one."""
 
 import random
 
@@ -13,27 +13,20 @@ CITIES = (
     "Oslo", "Lima", "Rome", "Paris", "Cairo", "Tokyo", "Delhi", "Quito", "Berlin", "Madrid",
     "Dublin", "Athens", "Vienna", "Lisbon", "Prague", "Seoul",
 )  # fmt: skip
-FIELDS = ("age", "city")
+
+
+ORDINALS = ("first", "second", "third")
 
 
 def draw(rng: random.Random) -> Item:
-    people = [
-        {"name": name, "age": str(age), "job": job, "city": city}
-        for name, age, job, city in zip(
-            rng.sample(NAMES, 2), rng.sample(range(20, 70), 2), rng.sample(JOBS, 2), rng.sample(CITIES, 2), strict=True
-        )
-    ]
-    field = rng.choice(FIELDS)
-    note = "; ".join(f"{p['job']} {p['name']}, age {p['age']}, city {p['city']}" for p in people)
-    asked, other = rng.sample(people, 2)
+    jobs, names, cities = rng.sample(JOBS, 3), rng.sample(NAMES, 3), rng.sample(CITIES, 3)
+    records = "; ".join(" ".join(fields) for fields in zip(jobs, names, cities, strict=True))
+    one, two = rng.sample(range(3), 2)
     return Item(
         skill="extraction",
         questions=(
-            f"Note: {note}. Extract the name and the {field} of the {asked['job']}.",
-            f"Do the same for the {other['job']}.",
+            f"Here are three records: {records}. Extract the name and the city of the {ORDINALS[one]} record.",
+            f"Do the same for the {ORDINALS[two]} record.",
         ),
-        answers=(
-            f"{asked['job']} {asked['name']}, {field} {asked[field]}",
-            f"{other['job']} {other['name']}, {field} {other[field]}",
-        ),
+        answers=(f"name: {names[one]}, city: {cities[one]}", f"name: {names[two]}, city: {cities[two]}"),
     )

@@ -22,8 +22,6 @@ def draw(rng: random.Random) -> Item:
         (
             f"{top} is {more} than {middle}, who is {more} than {bottom}.",
             f"{bottom} is {less} than {middle}, who is {less} than {top}.",
-            f"{middle} is {more} than {bottom} and {less} than {top}.",
-            f"{middle} is {less} than {top} and {more} than {bottom}.",
         )
     )
     places = list(zip(people, (f"the {most}", "in the middle", f"the {least}"), strict=True))

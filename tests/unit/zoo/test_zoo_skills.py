@@ -50,9 +50,8 @@ def solve_reasoning(first: str, second: str) -> tuple[str, str]:
     }
     one, word, two = re.match(r"(\w+) is (\w+) than (\w+)", first).groups()
     pairs = [(two, one) if word in low else (one, two)]
-    subject, word, three = re.search(r"(, who is|and) (\w+) than (\w+)\.", first).groups()
-    left = one if subject == "and" else two
-    pairs.append((three, left) if word in low else (left, three))
+    word, three = re.search(r", who is (\w+) than (\w+)\.", first).groups()
+    pairs.append((three, two) if word in low else (two, three))
     height = {
         name: sum(name == over for over, _ in pairs) - sum(name == under for _, under in pairs)
         for name in (one, two, three)
@@ -84,14 +83,13 @@ def solve_coding(first: str, second: str) -> tuple[str, str]:
 
 
 def solve_extraction(first: str, second: str) -> tuple[str, str]:
-    people = {
-        job: {"name": name, "age": age, "city": city}
-        for job, name, age, city in re.findall(r"(\w+) (\w+), age (\d+), city (\w+)", first)
-    }
-    field = re.search(r"the name and the (\w+) of", first)[1]
-    jobs = [re.search(r"(\w+)\.$", question)[1] for question in (first, second)]
-    one, two = (f"{job} {people[job]['name']}, {field} {people[job][field]}" for job in jobs)
-    return one, two
+    records = [record.split() for record in re.search(r"records: (.*)\. Extract", first)[1].split("; ")]
+
+    def answer(question: str) -> str:
+        record = records["first second third".split().index(re.search(r"(\w+) record\.", question)[1])]
+        return f"name: {record[1]}, city: {record[2]}"
+
+    return answer(first), answer(second)
 
 
 def solve_stem(first: str, second: str) -> tuple[str, str]:
