@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from fusion_ray.report import charts
+from fusion_ray.report import charts_process as charts
 from fusion_ray.report.content import AlignmentExample, Extras, RunReport
 from fusion_ray.report.svg import Style, legend
 

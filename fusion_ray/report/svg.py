@@ -1,11 +1,11 @@
 """How drawings look: one altair chart to one inline SVG that follows the page's colours, needs nothing from the net and can stand beside others.
 
-Colours are CSS variables of page.css (`var(--ink)`), so that the same drawing works in light, in dark and on paper. Called by charts, scores and process.
+Colours are CSS variables of page.css (`var(--ink)`), so that the same drawing works in light, in dark and on paper. Called by the charts and sections.
 """
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -44,6 +44,9 @@ _CONFIG: dict[str, object] = {
 }
 
 
+SERIES = 7  # --series-0 ... in page.css
+
+
 @dataclass(frozen=True)
 class Style:
     """How one model is drawn. `color` is a CSS value; `dash` an SVG dash pattern."""
@@ -54,7 +57,7 @@ class Style:
     fill: float = 0.0
 
 
-def inline_svg(chart: alt.LayerChart | alt.Chart | alt.FacetChart | alt.HConcatChart, label: str) -> str:
+def inline_svg(chart: alt.LayerChart | alt.Chart | alt.ConcatChart | alt.HConcatChart, label: str) -> str:
     """The drawing as one <svg> element that scales to its container, a wide one down to 70%; screen readers announce one image called `label`."""
     svg = vl_convert.vegalite_to_svg(chart.to_dict(), config=_CONFIG, allowed_base_urls=[])
     opening, body = _split(svg)
@@ -88,3 +91,13 @@ def legend(entries: Iterable[tuple[str, Style]]) -> str:
         for name, style in entries
     )
     return f'<ul class="legend">{items}</ul>'
+
+
+def name_axis(names: Sequence[str]) -> alt.Axis:
+    """Room for the names whatever font the reader's browser takes: it may be wider than the one measured here."""
+    room = 8 * max((len(name) for name in names), default=0) + 10
+    return alt.Axis(ticks=False, domain=False, labelPadding=8, labelColor=INK, minExtent=min(room, 270))
+
+
+def inline_data(rows: Sequence[Mapping[str, object]]) -> alt.InlineData:
+    return alt.InlineData(values=[dict(row) for row in rows])
