@@ -102,6 +102,7 @@ def llm_config(model_id: str, folder: str, *, config: ServeConfig, resources: Wo
             "ray_actor_options": {"num_cpus": 0},  # the bundle holds what the replica and its engine use
             "health_check_timeout_s": 60,
             "graceful_shutdown_wait_loop_s": 0.1,
+            "max_constructor_retry_count": 2,  # a model that does not load will not load the third time either
         },
     }
     env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -153,35 +154,31 @@ def serving(
         raise ValueError("no model to serve: give at least one id with its folder")
     if not api_key and not insecure:
         raise ValueError(missing_key(config.api_key_env))
+    proxies = _find_proxies(config)
+    if not api_key and not is_loopback(proxies.host):
+        raise ValueError(
+            f"insecure serving is for loopback hosts only and serve.host is {proxies.host!r}: set a key in {config.api_key_env}, or serve.host: 127.0.0.1"
+        )
     started = time.monotonic()
-    with _proxies(config) as proxies:
-        if not api_key and not is_loopback(proxies.host):
-            raise ValueError(
-                f"insecure serving is for loopback hosts only and serve.host is {proxies.host!r}: set a key in {config.api_key_env}, or serve.host: 127.0.0.1"
-            )
-        logger.info("serve: starting %s at %s:%d", ", ".join(models), proxies.host, proxies.port)
-        name = "fusion-ray" if proxies.owned else f"fusion-ray-{secrets.token_hex(4)}"
-        prefix = "" if proxies.owned else f"/{name}"
-        try:
-            serve.run_many(
-                [
-                    serve.RunTarget(
-                        _application(models, config=config, resources=resources, api_key=api_key),
-                        name=name,
-                        route_prefix=prefix or "/",
-                        logging_config=_QUIET,
-                    )
-                ],
-                wait_for_ingress_deployment_creation=False,
-                wait_for_applications_running=False,
-            )
-            url = f"http://{proxies.reachable_host()}:{proxies.port}{prefix}/v1"
-            _wait(name, url, set(models), api_key=api_key, deadline=time.monotonic() + start_timeout_s)
-            logger.info("serve: %d model(s) answer at %s after %.0f s", len(models), url, time.monotonic() - started)
-            yield url
-        finally:
-            if not proxies.owned:
-                serve.delete(name)
+    logger.info("serve: starting %s at %s:%d", ", ".join(models), proxies.host, proxies.port)
+    name = "fusion-ray" if proxies.owned else f"fusion-ray-{secrets.token_hex(4)}"
+    prefix = "" if proxies.owned else f"/{name}"
+    url = f"http://{proxies.reachable_host()}:{proxies.port}{prefix}/v1"
+    try:
+        if proxies.owned:
+            options = {"host": proxies.host, "port": proxies.port, "request_timeout_s": 600}
+            serve.start(proxy_location="EveryNode", http_options=options, logging_config=_QUIET)
+        app = _application(models, config=config, resources=resources, api_key=api_key)
+        target = serve.RunTarget(app, name=name, route_prefix=prefix or "/", logging_config=_QUIET)
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        _wait(name, url, set(models), api_key=api_key, deadline=time.monotonic() + start_timeout_s)
+        logger.info("serve: %d model(s) answer at %s after %.0f s", len(models), url, time.monotonic() - started)
+        yield url
+    finally:
+        if proxies.owned:
+            serve.shutdown()
+        else:
+            serve.delete(name)
 
 
 def serve_forever(
@@ -213,7 +210,7 @@ def is_loopback(host: str) -> bool:
 
 @dataclass(frozen=True)
 class _Proxies:
-    """Where Serve's proxies listen; `owned` when this block started them."""
+    """Where Serve's proxies listen; `owned` when this process starts and stops them."""
 
     host: str
     port: int
@@ -226,25 +223,15 @@ class _Proxies:
         return str(heads[0]["NodeManagerAddress"]) if heads else "127.0.0.1"
 
 
-@contextlib.contextmanager
-def _proxies(config: ServeConfig) -> Iterator[_Proxies]:
+def _find_proxies(config: ServeConfig) -> _Proxies:
+    """Those of a running Serve, else those to start."""
     running = _get_global_client(raise_if_no_controller_running=False)
-    if running is not None:
-        options = running.http_config
-        if options.port != config.port and config.port:
-            logger.info("serve: Serve already runs on port %d, which is used in place of %d", options.port, config.port)
-        yield _Proxies(str(options.host), int(options.port), owned=False)
-        return
-    port = config.port or _free_port(config.host)
-    serve.start(
-        proxy_location="EveryNode",
-        http_options={"host": config.host, "port": port, "request_timeout_s": 600},
-        logging_config=_QUIET,
-    )
-    try:
-        yield _Proxies(config.host, port, owned=True)
-    finally:
-        serve.shutdown()
+    if running is None:
+        return _Proxies(config.host, config.port or _free_port(config.host), owned=True)
+    options = running.http_config
+    if config.port not in (0, options.port):
+        logger.info("serve: Serve already runs on port %d, which is used in place of %d", options.port, config.port)
+    return _Proxies(str(options.host), int(options.port), owned=False)
 
 
 def _application(
@@ -294,9 +281,12 @@ def _wait(name: str, url: str, ids: set[str], *, api_key: str | None, deadline: 
 
 
 def _reasons(app: object) -> str:
-    deployments = getattr(app, "deployments", {})
-    texts = [str(getattr(app, "message", ""))] + [f"{key}: {value.message}" for key, value in deployments.items()]
-    return " ".join(text.strip() for text in texts if text.strip()) or str(getattr(app, "status", ""))
+    """The last line of each deployment's traceback, and where the whole lies."""
+    messages = [value.message for value in getattr(app, "deployments", {}).values()] + [getattr(app, "message", "")]
+    lines = [line.strip() for message in messages for line in message.splitlines() if "Error: " in line]
+    short = " | ".join(dict.fromkeys(lines)) or " ".join(message.strip() for message in messages if message)
+    logger.debug("serve: %s", "\n".join(messages))
+    return f"{short or getattr(app, 'status', '')} (the replicas' logs lie below /tmp/ray/session_latest/logs on their node)"
 
 
 def _listed(url: str, api_key: str | None) -> set[str] | None:

@@ -71,8 +71,8 @@ def answers(
                 max_tokens=max_tokens,
                 seed=None if seed is None else seed + question.question_id,
             )
-            turns.append(content)
-            messages.append({"role": "assistant", "content": content})
+            turns.append(content.strip())  # as FastChat does, and the batch engine
+            messages.append({"role": "assistant", "content": turns[-1]})
         return make_answer(question.question_id, model, turns, time.time())
 
     async def everything() -> list[Answer]:
