@@ -2,7 +2,9 @@
 
 import copy
 import re
+from collections.abc import Mapping
 from html.parser import HTMLParser
+from io import StringIO
 from xml.etree import ElementTree
 
 import pytest
@@ -316,17 +318,34 @@ def test_the_same_run_gives_the_same_page(page: str, report: RunReport, extras: 
     assert build_report_html(report, extras) == page
 
 
+def shown(report: RunReport, width: int, paired: Mapping[str, Mapping[str, Interval]] | None = None) -> str:
+    console = Console(width=width, record=True, file=StringIO())
+    console.print(score_table(report, paired))
+    return console.export_text()
+
+
 def test_the_terminal_table_holds_every_model_and_mark(report: RunReport, extras: Extras) -> None:
     report["models"][0]["name"] = "fused[red]"
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115  # closed with the process
-    console.print(score_table(report, {"fused[red]": extras["paired"]["fused-varm"]}))
-    text = console.export_text()
-    for part in ("pivot", "neox", "fused[red]", "SFT only", "humanities", "0.80 ▲", "≈", "0.70-0.90", "0.700"):
+    text = shown(report, 200, {"fused[red]": extras["paired"]["fused-varm"]})
+    for part in ("pivot", "neox", "fused[red]", "SFT only", "humanities", "0.80▲", "≈", "0.70-0.90", "0.700"):
         assert part in text, part
     assert text.index("pivot") < text.index("qwen") < text.index("fused[red]")
 
 
+@pytest.mark.parametrize("width", [80, 100])
+def test_a_narrow_terminal_gets_every_mean_and_the_overall_interval(
+    report: RunReport, extras: Extras, width: int
+) -> None:
+    text = shown(report, width, extras["paired"])
+    assert "…" not in text
+    assert max(len(line) for line in text.splitlines()) <= width
+    fused = next(line for line in text.splitlines() if line.startswith("fused-varm"))
+    assert [cell.rstrip("▲≈▼") for cell in fused.split()[1:]] == [
+        *("0.80", "0.80", "0.81", "0.82", "0.83", "0.84", "0.85", "0.86", "0.87"),
+        "0.700",
+    ]
+    assert "0.70-0.90" in text
+
+
 def test_the_terminal_says_when_there_is_nothing_to_show() -> None:
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115  # closed with the process
-    console.print(score_table({"run": "x"}))
-    assert "no scores" in console.export_text()
+    assert "no scores" in shown({"run": "x"}, 100)
