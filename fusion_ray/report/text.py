@@ -29,7 +29,7 @@ MARKS = {"above": ("▲", "green"), "below": ("▼", "red"), "noise": ("≈", "d
 INTERVAL = len("0.00-0.00")
 MARKED = len("0.00▲")
 SHORT = 4  # letters of a category's name in a narrow table
-KEY = "against the pivot, paired over the same items: ▲ above, ▼ below, ≈ inside the noise"
+KEY = "against the pivot (paired over items): ▲ above, ▼ below, ≈ inside the noise"
 
 
 def score_table(report: RunReport, paired: Mapping[str, Mapping[str, Interval]] | None = None) -> RenderableType:
