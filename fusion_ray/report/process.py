@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from fusion_ray.report import charts_process as charts
-from fusion_ray.report.content import AlignmentExample, Extras, RunReport
+from fusion_ray.report.content import AlignmentExample, Extras, MergeWeight, RunReport
 from fusion_ray.report.svg import Style, legend
 
 LOSSES: Mapping[str, str] = {"sft": "SFT loss", "fusion": "fusion loss"}
@@ -20,15 +20,17 @@ def training(training: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 
 
 def merges(extras: Extras) -> str:
-    merges = {label: weights for label, weights in (extras.get("merges") or {}).items() if weights}
-    if not merges:
-        return '<p class="note">No merge of this run reported weights by layer and matrix.</p>'
-    parts = [
-        f"<h3>{escape(label)}</h3><figure>{charts.merge_weights(weights, label)}"
-        "<figcaption>What each target got; a column is a layer, <code>-</code> stands for tensors outside the layers.</figcaption></figure>"
-        for label, weights in merges.items()
-    ]
-    return "\n".join(parts)
+    found = extras.get("merges") or {}
+    if not found:
+        return '<p class="note">This run merged nothing.</p>'
+    return "\n".join(f"<h3>{escape(label)}</h3>{_weights(label, rows)}" for label, rows in found.items())
+
+
+def _weights(label: str, rows: Sequence[MergeWeight]) -> str:
+    if not rows:
+        return '<p class="note">This merge has no weights by layer and matrix: each element has its own.</p>'
+    caption = "What each target got; a column is a layer, <code>-</code> stands for tensors outside the layers."
+    return f"<figure>{charts.merge_weights(rows, label)}<figcaption>{caption}</figcaption></figure>"
 
 
 def alignment(report: RunReport, examples: Mapping[str, Sequence[AlignmentExample]]) -> str:

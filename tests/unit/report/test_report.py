@@ -231,7 +231,7 @@ def test_nothing_but_a_name_still_gives_a_page_with_sentences() -> None:
         "This run has no scores",
         "No judge was set",
         "No training curves",
-        "No merge of this run",
+        "This run merged nothing",
         "aligned no source",
         "No rows were kept",
         "No stage was recorded",
@@ -312,6 +312,13 @@ def test_a_long_run_is_thinned() -> None:
     rows = [{"step": step, "sft": 1 / step} for step in range(1, 20_001)]
     page = build_report_html({"run": "x"}, {"training": {"a": rows}})
     assert len(page) < 60_000
+
+
+def test_a_merge_without_weights_by_matrix_is_named(extras: Extras) -> None:
+    page = build_report_html({"run": "x"}, {"merges": {"varm": extras["merges"]["varm"], "varm-parameter": []}})
+    assert len(drawings(page)) == 1
+    assert "<h3>varm-parameter</h3>" in page
+    assert "each element has its own" in page
 
 
 def test_the_same_run_gives_the_same_page(page: str, report: RunReport, extras: Extras) -> None:
