@@ -37,6 +37,8 @@ def alignment(report: RunReport, examples: Mapping[str, Sequence[AlignmentExampl
     entries = [entry for entry in report.get("alignment") or [] if entry.get("coverage")]
     if not entries:
         return '<p class="note">This run aligned no source.</p>' + _examples(examples)
+    missing = [entry["source"] for entry in report["alignment"] if not entry.get("coverage")]
+    note = f'<p class="note">No coverage is recorded for {escape(", ".join(missing))}.</p>' if missing else ""
     kinds = legend((charts.MATCH_WORDS[kind], Style(f"var(--match-{kind})", 8)) for kind in charts.MATCHES)
     rows = "".join(
         f'<tr><th scope="row">{escape(entry["source"])}</th>'
@@ -49,7 +51,7 @@ def alignment(report: RunReport, examples: Mapping[str, Sequence[AlignmentExampl
         f"<figure>{charts.coverage_bars(entries)}{kinds}<figcaption>How the pivot's predicted tokens meet each source's tokens.</figcaption></figure>"
         f'<div class="scroll"><table><thead><tr><th scope="col">source</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
         '<p class="note">Mass kept: share of the source\'s probability that its top-k and the vocabulary map carry over. '
-        "Source won: share of rows where MinCE chose the source.</p>" + _examples(examples)
+        "Source won: share of rows where MinCE chose the source.</p>" + note + _examples(examples)
     )
 
 

@@ -314,6 +314,11 @@ def test_a_long_run_is_thinned() -> None:
     assert len(page) < 60_000
 
 
+def test_a_source_without_coverage_is_named(report: RunReport) -> None:
+    report["alignment"].append({"source": "neox", "coverage": {}, "mass_kept": None, "source_won": None})
+    assert "No coverage is recorded for neox." in build_report_html({"run": "x", "alignment": report["alignment"]})
+
+
 def test_a_merge_without_weights_by_matrix_is_named(extras: Extras) -> None:
     page = build_report_html({"run": "x"}, {"merges": {"varm": extras["merges"]["varm"], "varm-parameter": []}})
     assert len(drawings(page)) == 1
