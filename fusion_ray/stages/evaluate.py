@@ -181,7 +181,7 @@ def _run_pool(
             batch, actor, tries = running.pop(ready)
             try:
                 said_turns, measured = ray.get(ready)
-            except ray.exceptions.ActorDiedError as error:
+            except ray.exceptions.RayActorError as error:
                 if tries == ACTOR_TRIES:
                     raise RuntimeError(
                         f"the engine of {batch.job.name!r} died {tries} times while it was evaluated (out of memory? see resources.evaluate): {error}"
