@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -189,10 +189,11 @@ def serve_forever(
     api_key: str | None,
     insecure: bool = False,
     stop: threading.Event | None = None,
+    ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """The endpoint until `stop` is set or the process is interrupted. Raises as `serving`."""
+    """The endpoint until `stop` is set or the process is interrupted; `ready` gets its base URL once it answers. Raises as `serving`."""
     with serving(models, config=config, resources=resources, api_key=api_key, insecure=insecure) as url:
-        logger.info("serve: %s; stop with Ctrl-C", url)
+        ready(url)
         with contextlib.suppress(KeyboardInterrupt):
             (stop or threading.Event()).wait()
     logger.info("serve: stopped")

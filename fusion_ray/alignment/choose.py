@@ -1,0 +1,101 @@
+"""Which of pivot and source teaches: MinCE (paper.md 1.2), by sequence or by token, in bits per byte or nats per token. Called by `workers/aligner.py`.
+
+Cross-entropies are sums; the mean is over what both sides have: a token behind the other side's cut is left out, so that a row cut early by a tokenizer is not judged on more text.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fusion_ray.alignment.positions import Bools, Positions
+
+Choice = Literal["min_ce", "source", "pivot"]
+LN2 = float(np.log(2.0))
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """(rows,) sums over one side's positions that the other side covers too."""
+
+    nats: npt.NDArray[np.float64]
+    tokens: npt.NDArray[np.int64]
+    bytes: npt.NDArray[np.int64]
+
+    @property
+    def per_token(self) -> npt.NDArray[np.float64]:
+        """Nats per token; infinite where there is no token (no evidence loses against any)."""
+        return _ratio(self.nats, self.tokens)
+
+    @property
+    def per_byte(self) -> npt.NDArray[np.float64]:
+        """Bits per byte; infinite where there is no byte."""
+        return _ratio(self.nats / LN2, self.bytes)
+
+
+def cross_entropy(mine: Positions, other: Positions, rows: int) -> CrossEntropy:
+    """Of the true labels under the model of `mine`. A token counts where it ends no later than the other side's last token of that message,
+    an end of turn where the other side has it too."""
+    shared = _covered(mine, other)
+    row = mine.row[shared]
+    return CrossEntropy(
+        np.bincount(row, -mine.label_logprob[shared].astype(np.float64), rows),
+        np.bincount(row, minlength=rows),
+        np.bincount(row, (mine.end - mine.start)[shared], rows).astype(np.int64),
+    )
+
+
+def source_wins_rows(
+    pivot: CrossEntropy, source: CrossEntropy, *, choose: Choice = "min_ce", unit: Literal["byte", "token"] = "byte"
+) -> Bools:
+    """(rows,) True where the source's mean is lower; ties go to the pivot."""
+    if choose != "min_ce":
+        return np.full(pivot.nats.shape, choose == "source")
+    if unit == "byte":
+        return np.asarray(source.per_byte < pivot.per_byte)
+    return np.asarray(source.per_token < pivot.per_token)
+
+
+def source_wins_tokens(
+    pivot: Positions,
+    source: Positions,
+    source_index: npt.NDArray[np.int32],
+    known: Bools,
+    *,
+    choose: Choice = "min_ce",
+    unit: Literal["byte", "token"] = "byte",
+) -> Bools:
+    """(N,) True where the matched source token's cross-entropy is below the pivot token's; never where the source has no distribution.
+
+    With `byte` each is divided by the bytes of its own token (an end of turn counts as one byte on both sides).
+    """
+    if choose != "min_ce":
+        return known & (choose == "source")
+    wins = np.zeros(pivot.count, np.bool_)
+    at = np.flatnonzero(known)
+    matched = source_index[at]
+    ce_pivot = -pivot.label_logprob[at].astype(np.float64)
+    ce_source = -source.label_logprob[matched].astype(np.float64)
+    if unit == "byte":
+        ce_pivot /= np.maximum(1, pivot.end[at] - pivot.start[at])
+        ce_source /= np.maximum(1, source.end[matched] - source.start[matched])
+    wins[at] = ce_source < ce_pivot
+    return wins
+
+
+def _covered(mine: Positions, other: Positions) -> Bools:
+    key, other_key = mine.message_key, other.message_key
+    last = np.searchsorted(other_key, key, side="right") - 1  # the other side's last position of the same message
+    there = last >= 0
+    there[there] = other_key[last[there]] == key[there]
+    covered = np.zeros(mine.count, np.bool_)
+    end, turn_ends = other.end[last[there]], other.turn_ends[last[there]]
+    covered[there] = np.where(mine.turn_ends[there], turn_ends & (end == mine.end[there]), mine.end[there] <= end)
+    return covered
+
+
+def _ratio(total: npt.NDArray[np.float64], count: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    result = np.full(total.shape, np.inf)
+    np.divide(total, count, out=result, where=count > 0)
+    return result

@@ -1,0 +1,77 @@
+"""Vocabulary maps: what every source id becomes in the pivot's vocabulary (design.md section 6; paper.md 1.3 (b)). Called by `methods.py`.
+
+A map is an int32 array over source ids with a pivot id or -1 (the mass stays in the tail). MAPS is the choice of the config's `align.map`; maps that need
+statistics of a corpus take them as a further argument of their own when they come.
+"""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from fusion_ray.alignment.trie import Trie, child
+from fusion_ray.alignment.vocabulary import Vocabulary
+
+UNMAPPED = -1
+
+
+def exact_map(source: Vocabulary, pivot: Vocabulary) -> npt.NDArray[np.int32]:
+    """Source id -> the pivot id of the same bytes, else -1 (the papers' EM, on bytes instead of decoded strings)."""
+    return _by_bytes(source, pivot, whole=True)
+
+
+def prefix_map(source: Vocabulary, pivot: Vocabulary) -> npt.NDArray[np.int32]:
+    """Source id -> the longest pivot token that its bytes start with (byte-prefix marginalisation, arXiv 2607.22334).
+
+    Conserves all mass where the pivot has every single byte; a source token whose first byte the pivot lacks goes to -1.
+    """
+    return _by_bytes(source, pivot, whole=False)
+
+
+MAPS: Mapping[str, Callable[[Vocabulary, Vocabulary], npt.NDArray[np.int32]]] = {
+    "exact": exact_map,
+    "prefix": prefix_map,
+}
+
+
+def _by_bytes(source: Vocabulary, pivot: Vocabulary, *, whole: bool) -> npt.NDArray[np.int32]:
+    if source.same_as(pivot):
+        mapped = np.arange(source.size, dtype=np.int32)
+        mapped[pivot.size :] = UNMAPPED
+        return mapped
+    mapped = map_pieces(source.blob, source.offsets, pivot.trie, whole)
+    return with_roles(mapped, source, pivot)
+
+
+def with_roles(mapped: npt.NDArray[np.int32], source: Vocabulary, pivot: Vocabulary) -> npt.NDArray[np.int32]:
+    """`mapped` with the source's special ids sent to the pivot's id of the same role, those without a role to -1.
+
+    A role carried by an ordinary token (a template that ends a turn with a newline) is left to its bytes here; at the end of a turn itself
+    `project.py` sends label to label.
+    """
+    mapped = mapped.copy()
+    mapped[sorted(source.special)] = UNMAPPED
+    for role, number in source.roles.items():
+        if number in source.special and role in pivot.roles:
+            mapped[number] = pivot.roles[role]
+    return mapped
+
+
+@njit(cache=True)
+def map_pieces(
+    blob: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], trie: Trie, whole: bool
+) -> npt.NDArray[np.int32]:
+    """For every piece the id of the longest prefix in `trie`, or with `whole` of the piece itself; -1 where there is none."""
+    mapped = np.full(offsets.size - 1, -1, np.int32)
+    for number in range(offsets.size - 1):
+        node = np.int64(0)
+        for index in range(offsets[number], offsets[number + 1]):
+            node = child(trie, node, blob[index])
+            if node == -1:
+                break
+            if not whole and trie.token[node] != -1:
+                mapped[number] = trie.token[node]
+        if whole and node > 0:
+            mapped[number] = trie.token[node]
+    return mapped

@@ -1,0 +1,236 @@
+"""The source's top-k at every matched position, carried over into the pivot's vocabulary (design.md section 6). Called by `methods.py`.
+
+Probability is moved, never made: what cannot be carried stays in the tail, 1 - sum(exp(topk_logprobs)). Letters: N pivot positions, K top-k of the source, Q of the result.
+
+Positions where both models predict from the edge of a token use the vocabulary map as it is. The others walk bytes:
+- A label that begins before its message ("Assistant:" + " Hello"): candidates must begin with the same bytes of the template (else tail), which are replaced by those
+  that the pivot's label begins with, and the result is looked up in the pivot's vocabulary.
+- `condition`, a pivot position inside a source token: candidates must begin with the bytes that the pivot has consumed already, and the rest of each is looked up. The mass is divided by all the mass that may
+  begin so: the candidates (one that is exactly the consumed bytes says nothing of what follows, so its share goes to the tail), the label where it is outside the top-k,
+  and of the source's tail the share of the other ids of its vocabulary that begin so. Other ways to spell the consumed bytes (several shorter tokens) are neglected.
+- At the end of a turn, and at a strict pair where either label reaches behind its message (".\\n"), label goes to label: the two mean the same there. Where only the source's
+  label reaches behind, it counts as its bytes within the message.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from fusion_ray.alignment.edges import Edges
+from fusion_ray.alignment.positions import Bools, Positions
+from fusion_ray.alignment.spans import COMPARABLE, INSIDE, STRICT
+from fusion_ray.alignment.trie import Trie, child
+from fusion_ray.alignment.vocabulary import Vocabulary
+
+Inside = Literal["skip", "label", "condition"]
+Duplicates = Literal["sum", "first"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What the source says at the pivot's positions, in pivot ids: descending, padded with id 0 and -inf."""
+
+    topk_ids: npt.NDArray[np.int32]  # (N, Q)
+    topk_logprobs: npt.NDArray[np.float32]  # (N, Q)
+    known: Bools  # (N,) there is a distribution
+    one_hot: Bools  # (N,) it is the label alone (`inside: label`)
+    moved: npt.NDArray[np.float64]  # (V of the source,) mass that the map carried away from each source id
+    seen: npt.NDArray[np.int64]  # (V of the source,) positions at which it did
+
+    @property
+    def mass(self) -> npt.NDArray[np.float64]:
+        """(N,) the source's probability that landed on pivot ids."""
+        return np.asarray(np.exp(self.topk_logprobs.astype(np.float64)).sum(axis=-1))
+
+
+def project(
+    pivot: Positions,
+    source: Positions,
+    *,
+    source_index: npt.NDArray[np.int32],
+    kind: npt.NDArray[np.int8],
+    edges_pivot: Edges,
+    edges_source: Edges,
+    vocabulary_pivot: Vocabulary,
+    vocabulary_source: Vocabulary,
+    mapped: npt.NDArray[np.int32],
+    whole_tokens: bool,
+    inside: Inside = "skip",
+    duplicates: Duplicates = "sum",
+    top_k: int | None = None,
+) -> Projection:
+    """`mapped` is the vocabulary map; `whole_tokens`: byte look-ups want a pivot token of exactly the bytes (map `exact`), else the longest prefix.
+
+    `duplicates`: several source ids that meet on one pivot id are added up, or (`first`, the published code) all but the likeliest go to the tail.
+    """
+    width = top_k or source.topk_ids.shape[1]
+    wanted = (kind == STRICT) | (kind == COMPARABLE)
+    if inside == "condition":
+        wanted |= kind == INSIDE
+    ids = np.zeros((pivot.count, width), np.int32)
+    logprobs = np.full((pivot.count, width), -np.inf, np.float32)
+    moved = np.zeros(vocabulary_source.size, np.float64)
+    seen = np.zeros(vocabulary_source.size, np.int64)
+    _project(
+        np.flatnonzero(wanted),
+        source_index,
+        kind == STRICT,
+        _Side(pivot.start, pivot.end, pivot.label, pivot.label_logprob, edges_pivot.lead, edges_pivot.trail),
+        _Side(source.start, source.end, source.label, source.label_logprob, edges_source.lead, edges_source.trail),
+        source.topk_ids,
+        source.topk_logprobs,
+        mapped,
+        _Bytes(vocabulary_pivot.blob, vocabulary_pivot.offsets, vocabulary_pivot.is_special),
+        _Bytes(vocabulary_source.blob, vocabulary_source.offsets, vocabulary_source.is_special),
+        vocabulary_pivot.trie,
+        vocabulary_source.trie,
+        whole_tokens,
+        duplicates == "sum",
+        ids,
+        logprobs,
+        moved,
+        seen,
+    )
+    one_hot = np.zeros(pivot.count, np.bool_)
+    if inside == "label":
+        one_hot = kind == INSIDE
+        ids[one_hot, 0] = pivot.label[one_hot]
+        logprobs[one_hot, 0] = 0.0
+    return Projection(ids, logprobs, np.isfinite(logprobs[:, 0]), one_hot, moved, seen)
+
+
+class _Side(NamedTuple):
+    start: npt.NDArray[np.int32]
+    end: npt.NDArray[np.int32]
+    label: npt.NDArray[np.int32]
+    label_logprob: npt.NDArray[np.float32]
+    lead: npt.NDArray[np.int32]
+    trail: npt.NDArray[np.int32]
+
+
+class _Bytes(NamedTuple):
+    blob: npt.NDArray[np.uint8]
+    offsets: npt.NDArray[np.int64]
+    special: Bools
+
+
+@njit(cache=True)
+def _begins_with(words: _Bytes, token: int, label: int, length: int) -> bool:
+    """Whether the piece of `token` begins with the first `length` bytes of the piece of `label`."""
+    at, like = words.offsets[token], words.offsets[label]
+    if words.offsets[token + 1] - at < length or words.offsets[label + 1] - like < length:
+        return False
+    for index in range(length):  # noqa: SIM110  # numba compiles the loop, not the generator
+        if words.blob[at + index] != words.blob[like + index]:
+            return False
+    return True
+
+
+@njit(cache=True)
+def _look_up(
+    trie: Trie, first: _Bytes, label: int, lead: int, second: _Bytes, token: int, skip: int, cut: int, whole: bool
+) -> int:
+    """The pivot id of `lead` bytes of the piece of `label` followed by the piece of `token` without its first `skip` and last `cut` bytes, or -1."""
+    node, found = np.int64(0), np.int64(-1)
+    at = first.offsets[label]
+    start, end = second.offsets[token] + skip, second.offsets[token + 1] - cut
+    total = lead + max(0, end - start)
+    for index in range(total):
+        byte = first.blob[at + index] if index < lead else second.blob[start + index - lead]
+        node = child(trie, node, byte)
+        if node == -1:
+            return np.int64(-1) if whole else found
+        if trie.token[node] != -1:
+            found = np.int64(trie.token[node])
+    return np.int64(trie.token[node]) if whole and total > 0 else found
+
+
+@njit(cache=True)
+def _ids_beginning(trie: Trie, words: _Bytes, label: int, length: int) -> int:
+    """How many ids of the source begin with the first `length` bytes of the piece of `label`."""
+    node = np.int64(0)
+    at = words.offsets[label]
+    for index in range(length):
+        node = child(trie, node, words.blob[at + index])
+        if node == -1:
+            return np.int64(0)
+    return np.int64(trie.below[node])
+
+
+@njit(cache=True)
+def _project(  # type: ignore[no-untyped-def]  # compiled, see project
+    wanted, source_index, strict, pivot, source, topk_ids, topk_logprobs, mapped, words_p, words_s, trie_p, trie_s,
+    whole, add, out_ids, out_logprobs, moved, seen,
+):  # fmt: skip
+    K, Q = topk_ids.shape[1], out_ids.shape[1]
+    ids = np.empty(K + 1, np.int64)
+    mass = np.empty(K + 1, np.float64)
+    for number in range(wanted.size):
+        i = wanted[number]
+        j = np.int64(source_index[i])
+        label = np.int64(source.label[j])
+        consumed = np.int64(pivot.start[i] - source.start[j])
+        skip = source.lead[j] + consumed
+        lead = np.int64(pivot.lead[i])
+        label_to_label = pivot.start[i] == pivot.end[i] or (strict[i] and (source.trail[j] > 0 or pivot.trail[i] > 0))
+        plain = skip == 0 and lead == 0
+        used = 0
+        total = 0.0  # of the stored candidates
+        fitting = 0.0  # of those that begin with the consumed bytes
+        fitting_ids = 0
+        label_seen = False
+        for k in range(K + 1):
+            if k < K:
+                token = np.int64(topk_ids[j, k])
+                mass_here = np.exp(min(0.0, np.float64(topk_logprobs[j, k])))
+                label_seen |= token == label and mass_here > 0.0
+            elif consumed > 0 and not label_seen:
+                token, mass_here = label, np.exp(min(0.0, np.float64(source.label_logprob[j])))
+            else:
+                break
+            if mass_here == 0.0:
+                continue
+            total += mass_here
+            cut = np.int64(source.trail[j]) if token == label else np.int64(0)
+            if token == label and label_to_label:
+                target = np.int64(pivot.label[i])
+            elif plain and cut == 0:
+                target = np.int64(mapped[token])
+                moved[token] += mass_here
+                seen[token] += 1
+            elif words_s.special[token]:
+                target = np.int64(mapped[token]) if consumed == 0 else np.int64(-1)
+            elif not _begins_with(words_s, token, label, skip):
+                target = np.int64(-1)
+            else:
+                fitting += mass_here
+                fitting_ids += 1
+                target = _look_up(trie_p, words_p, np.int64(pivot.label[i]), lead, words_s, token, skip, cut, whole)
+            if target < 0:
+                continue
+            slot = 0
+            while slot < used and ids[slot] != target:
+                slot += 1
+            if slot == used:
+                ids[slot], mass[slot] = target, mass_here
+                used += 1
+            elif add:
+                mass[slot] += mass_here
+        scale = 1.0
+        if consumed > 0:
+            others = _ids_beginning(trie_s, words_s, label, skip) - fitting_ids
+            outside = max(1, trie_s.below[0] - K)
+            scale = fitting + max(0.0, 1.0 - total) * max(0, others) / outside
+        for slot in range(1, used):  # insertion sort: descending, stable
+            token, mass_here = ids[slot], mass[slot]
+            place = slot
+            while place > 0 and mass[place - 1] < mass_here:
+                ids[place], mass[place] = ids[place - 1], mass[place - 1]
+                place -= 1
+            ids[place], mass[place] = token, mass_here
+        for slot in range(min(used, Q)):
+            out_ids[i, slot] = ids[slot]
+            out_logprobs[i, slot] = min(0.0, np.log(mass[slot] / scale))
