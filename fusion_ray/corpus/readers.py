@@ -102,7 +102,11 @@ def _json_lines(file: IO[bytes]) -> Iterator[tuple[int, object]]:
 def _json_values(file: IO[str]) -> Iterator[tuple[int, object]]:
     """Elements of one JSON array, or JSON values one after the other, decoded as they arrive."""
     decoder = json.JSONDecoder()
-    text, position, number, ended = file.read(CHUNK).lstrip("\ufeff"), 0, 0, False
+    text, number, ended = "", 0, False
+    while not ended and not text.strip():
+        more = file.read(CHUNK)
+        ended = not more
+        text = (text + more).lstrip("\ufeff")
     in_array = text.lstrip().startswith("[")
     position = len(text) - len(text.lstrip()) + 1 if in_array else 0
     want = CHUNK

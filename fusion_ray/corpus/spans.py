@@ -98,17 +98,19 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, template: PreTrainedToken
     Raises ValueError when the template puts nothing there, or not always the same token.
     """
     locator = Locator(tokenizer, template=template)
-    ends: set[int] = set()
+    ends: set[int | None] = set()
     for answer in ("Yes", "It is 7.", "one\ntwo"):
-        asked = [Message("user", "Tell me"), Message("assistant", answer)] * 2
-        row = locator.locate(asked)
-        ends.update(int(label) for label in row.labels[row.byte_start == row.byte_end])
-    if len(ends) != 1:
-        shown = ", ".join(repr(locator.tokenizer.convert_ids_to_tokens(token)) for token in sorted(ends)) or "nothing"
+        row = locator.locate([Message("user", "Tell me"), Message("assistant", answer)] * 2)
+        found = row.labels[row.byte_start == row.byte_end].tolist()
+        ends.update(found if len(found) == 2 else [None])
+    only = next(iter(ends))
+    if len(ends) > 1 or only is None:
+        names = (repr(locator.tokenizer.convert_ids_to_tokens(token)) for token in ends if token is not None)
+        shown = [*sorted(names), *(["nothing of its own"] if None in ends else [])]
         raise ValueError(
-            f"the chat template of {locator.name} must end every assistant turn with one and the same token; it ends them with {shown}"
+            f"the chat template of {locator.name} must end every assistant turn with one and the same token; it ends them with {', '.join(shown)}"
         )
-    return ends.pop()
+    return only
 
 
 def _predicting(

@@ -14,8 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 import ray
 import ray.data
-import ray.exceptions
-from ray.data.exceptions import SystemException
 
 from fusion_ray.config import EngineArgs, ModelConfig, TeachConfig, WorkerResources
 from fusion_ray.corpus.readers import Rejected
@@ -23,11 +21,14 @@ from fusion_ray.corpus.shards import REJECTED, encode_rejected
 from fusion_ray.records import Report
 from fusion_ray.store import Artifact, Manifest, Unit
 from fusion_ray.workers.attempts import FOLDER as ATTEMPTS
+from fusion_ray.workers.attempts import TeachError
 
 logger = logging.getLogger(__name__)
 
 COUNTS = ("rows", "positions", "tokens", "bytes", "cut_rows", "rejected", "quarantined", "unreached")
 MISSING_SHOWN = 3
+# Errors that a user can mend travel from the actors as data: Ray would give back its own wrapper and their text within a traceback.
+FAILURES: dict[str, type[Exception]] = {"value": ValueError, "storage": OSError, "teach": TeachError}
 MAX_BLOCKS = 10_000  # a block of Ray Data is one task; past this many shards, several share a task
 NO_PROGRESS_SECONDS = 3 * 3600  # a cluster that starts GPU nodes and loads large models first
 
@@ -104,22 +105,26 @@ class TeachShards:
                 name=model.name,
             )
         except (ValueError, OSError) as error:
-            # Raised by the first shard: a constructor's own error reaches the driver only as the text of an actor's death, after retries.
+            # Told by the first shard: a constructor's own error reaches the driver only as the text of an actor's death, after retries.
             self._unfit = error
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The name of the shard and why it was not taught: the kind of the error and its text, both empty when it was."""
         from fusion_ray.workers.teach_shard import EngineBrokenError, teach_shard
 
-        if self._unfit is not None:
-            raise self._unfit
-        for name in batch["shard"]:
+        name = str(batch["shard"][0])
+        failed: Exception | None = self._unfit
+        if failed is None:
             try:
-                teach_shard(self._teacher, self._corpus, self._out, str(name))
+                teach_shard(self._teacher, self._corpus, self._out, name)
+            except (ValueError, OSError, TeachError) as error:
+                failed = error
             except EngineBrokenError:
                 # Ray moves a task to a fresh actor for a dead process only; a raised error would come back to this broken engine.
                 logger.exception("the engine is given up")
                 os._exit(1)
-        return {"shard": batch["shard"]}
+        kind = next((kind for kind, family in FAILURES.items() if isinstance(failed, family)), "")
+        return {"shard": batch["shard"], "kind": np.array([kind]), "error": np.array([str(failed or "")])}
 
 
 def _pool(
@@ -163,11 +168,10 @@ def _pool(
         memory=None if resources.memory_gb is None else resources.memory_gb * 2**30,
         runtime_env={"env_vars": _environment(resources)},
     )
-    try:
-        for row in dataset.iter_rows():
-            yield str(row["shard"])
-    except ray.exceptions.RayError as error:
-        raise _cause(error) from error
+    for row in dataset.iter_rows():
+        if row["kind"]:
+            raise FAILURES[str(row["kind"])](str(row["error"]))
+        yield str(row["shard"])
 
 
 def _environment(resources: WorkerResources) -> dict[str, str]:
@@ -178,21 +182,6 @@ def _environment(resources: WorkerResources) -> dict[str, str]:
         values["OMP_NUM_THREADS"] = str(max(1, int(resources.cpus)))
     passed = ("HF_HUB_OFFLINE", "HF_HOME", "HF_ENDPOINT")
     return values | {name: os.environ[name] for name in passed if name in os.environ}
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The error that a worker raised, out of Ray's wrappers; the wrapper itself where a process died."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, ray.exceptions.RayTaskError) and isinstance(found.cause, BaseException):
-            found = found.cause
-        elif isinstance(found, ray.exceptions.RayError):
-            found = found.__cause__
-        elif isinstance(found, SystemException):  # says only that it is no error of ours
-            return error
-        else:
-            return found
-    return error
 
 
 class _Tally:

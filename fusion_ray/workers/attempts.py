@@ -27,6 +27,7 @@ class _State:
     deaths: dict[str, int] = field(default_factory=dict)
     running: list[str] = field(default_factory=list)
     error: str = ""
+    pid: int = 0  # of the last to take the shard up: for people who look
 
 
 class Attempts:
@@ -46,6 +47,7 @@ class Attempts:
         state.suspects = sorted({*state.suspects, *state.running})
         state.running = []
         state.tries += 1
+        state.pid = os.getpid()
         if state.tries > MAX_TRIES:
             raise TeachError(
                 f"{shard} was taken up {MAX_TRIES} times and never finished; the last error: {state.error or 'the process was killed'}. "
