@@ -1,6 +1,7 @@
 """Which of pivot and source teaches: MinCE (paper.md 1.2), by sequence or by token, in bits per byte or nats per token. Called by `workers/aligner.py`.
 
-Cross-entropies are sums; the mean is over what both sides have: a token behind the other side's cut is left out, so that a row cut early by a tokenizer is not judged on more text.
+Cross-entropies are sums; the mean is over what both sides have: a token behind the other side's cut is left out, so that a row which one
+tokenizer cuts early is judged on the same text.
 """
 
 from dataclasses import dataclass
@@ -40,8 +41,8 @@ def cross_entropy(mine: Positions, other: Positions, rows: int) -> CrossEntropy:
     shared = _covered(mine, other)
     row = mine.row[shared]
     return CrossEntropy(
-        np.bincount(row, -mine.label_logprob[shared].astype(np.float64), rows),
-        np.bincount(row, minlength=rows),
+        np.bincount(row, -mine.label_logprob[shared].astype(np.float64), rows).astype(np.float64),
+        np.bincount(row, minlength=rows).astype(np.int64),
         np.bincount(row, (mine.end - mine.start)[shared], rows).astype(np.int64),
     )
 

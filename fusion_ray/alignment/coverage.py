@@ -1,7 +1,9 @@
-"""What an alignment covered and what it lost: sums that shards add up, and the shares that the report shows. Called by `workers/aligner.py` and `stages/align.py`.
+"""What an alignment covered and what it lost: sums that shards add up, and the shares that the report shows.
+
+Called by `workers/aligner.py` and `stages/align.py`.
 
 All shares have stated denominators: `coverage` is of all pivot positions, `mass_kept` and `top1_agreement` of projected ones, `one_hot` of the positions
-of rows (or tokens) that the source won, `source_won` of rows.
+that the source won (the label alone teaches there), `source_won` of rows.
 """
 
 from collections.abc import Sequence
@@ -71,7 +73,8 @@ class Coverage:
 
 def measure(aligned: Aligned, pivot: Side, source: Side, mapped: npt.NDArray[np.int32], rows: int) -> Coverage:
     """The sums of one shard's rows."""
-    projection, known = aligned.projection, aligned.projection.known
+    projection = aligned.projection
+    known = projection.known & ~projection.one_hot
     theirs = aligned.from_source | ~aligned.has_target
     best = pivot.positions.topk_ids[:, 0]
     return Coverage(
@@ -81,8 +84,8 @@ def measure(aligned: Aligned, pivot: Side, source: Side, mapped: npt.NDArray[np.
         projected=int(known.sum()),
         mass=float(projection.mass[known].sum()),
         top1_same=int((projection.topk_ids[known, 0] == best[known]).sum()),
-        from_source=int(aligned.from_source.sum()),
-        without_target=int((theirs & ~aligned.has_target).sum()),
+        from_source=int((aligned.from_source & ~projection.one_hot).sum()),
+        without_target=int((theirs & (~aligned.has_target | projection.one_hot)).sum()),
         pairs=_worst_pairs(projection.moved, projection.seen, mapped, pivot.vocabulary, source.vocabulary),
     )
 

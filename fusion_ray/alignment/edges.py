@@ -1,7 +1,7 @@
 """Labels that reach over the edge of their message, and the proof that both sides tokenize the same text. Called by `methods.py` and `workers/aligner.py`.
 
-The first token of a message may begin with bytes of the template (" Hello" after "Assistant:") or with SentencePiece's dummy space: its `lead`. The last may end with
-some (".\\n"): its `trail`. Every other label has exactly the bytes of its span.
+The first token of a message may begin with bytes of the template (" Hello" after "Assistant:") or with SentencePiece's dummy space: its
+`lead`. The last may end with some (".\\n"): its `trail`. Every other label has exactly the bytes of its span.
 """
 
 from dataclasses import dataclass

@@ -82,7 +82,9 @@ def align_spans(
         source_won = source_wins_rows(ce_pivot, ce_source, choose=choose, unit=unit)
         theirs = source_won[mine.row]
     else:
-        theirs = source_wins_tokens(mine, other, index, projection.known, choose=choose, unit=unit)
+        theirs = source_wins_tokens(mine, other, index, projection.known, choose=choose, unit=unit) | np.full(
+            mine.count, choose == "source"
+        )
         source_won = 2 * np.bincount(mine.row, theirs, rows) > np.bincount(mine.row, minlength=rows)
     take = theirs[:, None]
     return Aligned(

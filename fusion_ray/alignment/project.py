@@ -1,15 +1,17 @@
 """The source's top-k at every matched position, carried over into the pivot's vocabulary (design.md section 6). Called by `methods.py`.
 
-Probability is moved, never made: what cannot be carried stays in the tail, 1 - sum(exp(topk_logprobs)). Letters: N pivot positions, K top-k of the source, Q of the result.
+Probability is moved, never made: what cannot be carried stays in the tail, 1 - sum(exp(topk_logprobs)). Letters: N pivot positions, K top-k of the
+source, Q of the result.
 
 Positions where both models predict from the edge of a token use the vocabulary map as it is. The others walk bytes:
-- A label that begins before its message ("Assistant:" + " Hello"): candidates must begin with the same bytes of the template (else tail), which are replaced by those
-  that the pivot's label begins with, and the result is looked up in the pivot's vocabulary.
-- `condition`, a pivot position inside a source token: candidates must begin with the bytes that the pivot has consumed already, and the rest of each is looked up. The mass is divided by all the mass that may
-  begin so: the candidates (one that is exactly the consumed bytes says nothing of what follows, so its share goes to the tail), the label where it is outside the top-k,
-  and of the source's tail the share of the other ids of its vocabulary that begin so. Other ways to spell the consumed bytes (several shorter tokens) are neglected.
-- At the end of a turn, and at a strict pair where either label reaches behind its message (".\\n"), label goes to label: the two mean the same there. Where only the source's
-  label reaches behind, it counts as its bytes within the message.
+- A label that begins before its message ("Assistant:" + " Hello"): candidates must begin with the same bytes of the template (else tail), which
+  are replaced by those that the pivot's label begins with, and the result is looked up in the pivot's vocabulary.
+- `condition`, a pivot position inside a source token: candidates must begin with the bytes that the pivot has consumed already, and the rest of
+  each is looked up. The mass is divided by all the mass that may begin so: the candidates (one that is exactly the consumed bytes says nothing of
+  what follows, so its share goes to the tail), the label where it is outside the top-k, and of the source's tail the share of the other ids of its
+  vocabulary that begin so. Other ways to spell the consumed bytes (several shorter tokens) are neglected.
+- At the end of a turn, and at a strict pair where either label reaches behind its message (".\\n"), label goes to label: the two mean the same there.
+  Where only the source's label reaches behind, it counts as its bytes within the message.
 """
 
 from dataclasses import dataclass
@@ -132,7 +134,7 @@ def _begins_with(words: _Bytes, token: int, label: int, length: int) -> bool:
 @njit(cache=True)
 def _look_up(
     trie: Trie, first: _Bytes, label: int, lead: int, second: _Bytes, token: int, skip: int, cut: int, whole: bool
-) -> int:
+) -> np.int64:
     """The pivot id of `lead` bytes of the piece of `label` followed by the piece of `token` without its first `skip` and last `cut` bytes, or -1."""
     node, found = np.int64(0), np.int64(-1)
     at = first.offsets[label]
@@ -149,7 +151,7 @@ def _look_up(
 
 
 @njit(cache=True)
-def _ids_beginning(trie: Trie, words: _Bytes, label: int, length: int) -> int:
+def _ids_beginning(trie: Trie, words: _Bytes, label: int, length: int) -> np.int64:
     """How many ids of the source begin with the first `length` bytes of the piece of `label`."""
     node = np.int64(0)
     at = words.offsets[label]

@@ -46,7 +46,7 @@ def _slot(keys: npt.NDArray[np.int64], key: int) -> int:
 
 
 @njit(cache=True)
-def child(trie: Trie, node: int, byte: int) -> int:
+def child(trie: Trie, node: int, byte: int) -> np.int64:
     """The node below `node` along `byte`, or -1."""
     key = np.int64(node) * 256 + byte
     slot = _slot(trie.keys, key)

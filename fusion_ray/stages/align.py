@@ -13,7 +13,8 @@ from fusion_ray.corpus.readers import Rejected
 from fusion_ray.corpus.shards import decode_rejected, encode_rejected
 from fusion_ray.records import Report
 from fusion_ray.store import Artifact, Json, Manifest, Unit
-from fusion_ray.workers.aligner import Aligner, check_supported, load_vocabulary
+from fusion_ray.workers.align_setup import check_supported, load_vocabulary
+from fusion_ray.workers.aligner import Aligner
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def _align_shards(
     names: Sequence[str],
 ) -> Iterator[str]:
     """Commit each shard and tell its name; a retried task skips what its predecessor committed."""
-    aligner = Aligner(pivot, source, config)
+    aligner = Aligner.of_models(pivot, source, config)
     for name in names:
         if out.unit(name) is None:
             shard = aligner.align(pivot_rows.read_bytes(name), source_rows.read_bytes(name))
@@ -121,7 +122,7 @@ def _seal(
         )
     if rejected:
         units.append(out.commit_bytes(REJECTED, encode_rejected(rejected), rows=len(rejected)))
-    examples = Aligner(*models, config).examples(
+    examples = Aligner.of_models(*models, config).examples(
         rows[0].read_bytes(names[0]), rows[1].read_bytes(names[0]), None, EXAMPLES
     )
     units.append(
