@@ -14,7 +14,8 @@ from ray import serve
 
 from fusion_ray.config import EvaluateConfig, ServeConfig, WorkerResources
 from fusion_ray.stages.evaluate import EvaluateJob, evaluate_many
-from fusion_ray.stages.serve import build_app, is_loopback, llm_config, serving
+from fusion_ray.stages.serve import build_app, is_loopback, serving
+from fusion_ray.stages.serve_model import llm_config
 from fusion_ray.store import Store
 from tests.tiny import make_tiny_model
 
