@@ -83,7 +83,7 @@ def _spread(work: Callable[[WorkUnit], None], units: Sequence[WorkUnit], resourc
             finished, running = ray.wait(running, num_returns=1)
             ray.get(finished)
             yield None
-    except ray.exceptions.WorkerCrashedError as error:
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
         raise MergeError(
             f"a merge worker died {TASK_RETRIES + 1} times on one shard, most likely for lack of memory: lower merge.max_bytes_in_flight, or give "
             "resources.merge fewer workers or more memory_gb"

@@ -4,6 +4,7 @@ Tensors are read in blocks of every model, computed in float32, cast once and ap
 threads, or on who does the work. Memory is bounded by `max_bytes_in_flight` whatever the tensor's size.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from fusion_ray.merging.blocks import CHUNK, Block, Weights, chunk_sums
 from fusion_ray.merging.changes import Changes, measure_changes
 from fusion_ray.merging.methods import METHODS
 
-_LARGEST_BLOCK = 1 << 18  # elements: a block of every model and what is computed of it stay near the cache
+_LARGEST_BLOCK = 1 << 16  # elements: a block of every model and what is computed of it stay near the cache
 _BYTES_PER_ELEMENT = 36  # of one model: as stored and as float32, a delta, two float64 intermediates, masks
 
 
@@ -83,6 +84,18 @@ class MergedTensor:
     squares: float
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Blocks are too small for torch's threads to gain from, and on a busy machine they lose tens of times by spinning. Units run side by side instead."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def measure_shard(
     models: Models, unit: WorkUnit, progress: Callable[[str], None] = lambda name: None
 ) -> dict[str, Changes]:
@@ -103,6 +116,7 @@ def measure_shard(
     return changes
 
 
+@_one_thread()
 def merge_shard(
     models: Models,
     unit: WorkUnit,

@@ -2,10 +2,14 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusion_ray.checkpoints.errors import MergeError
 from fusion_ray.config import ModelConfig
@@ -14,6 +18,7 @@ from fusion_ray.workers import merge_units
 from fusion_ray.workers.merge_job import merge_locally, run_merge
 from fusion_ray.workers.merge_units import MergeJob
 from tests.folders import moved, random_tensors, write_model
+from tests.tiny import make_tiny_model
 
 
 def silent(progress):
@@ -234,3 +239,51 @@ def test_merges_on_a_remote_storage(tmp_path):
 def test_parameters_of_another_method_are_refused_first(tmp_path):
     with pytest.raises(ValueError, match="'varm' takes granularity and square, not `select_topk`"):
         merge_locally(artifact(tmp_path / "out"), job((), parameters={"select_topk": 0.1}), report=silent)
+
+
+MEASURE = """
+import json, resource, sys
+from fusion_ray.config import ModelConfig
+from fusion_ray.store import Artifact
+from fusion_ray.workers.merge_job import merge_locally
+from fusion_ray.workers.merge_units import MergeJob
+root, bound = sys.argv[1], int(sys.argv[2])
+places = tuple((name, ModelConfig(name=name, path=f"{root}/{name}")) for name in ("pivot", "maths"))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+merge_locally(Artifact(f"{root}/out", "merge", "k"), MergeJob(places, "sce", {}, "pivot", bound, 1 << 30), report=lambda progress: None)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_stays_near_the_bound_for_a_tensor_that_does_not_fit(tmp_path):
+    tensor = {"w": torch.randn(6000, 1024).bfloat16()}
+    write_model(tmp_path / "pivot", tensor)
+    write_model(tmp_path / "maths", moved(tensor, 1))
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path), str(2 << 20)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    grown = int(run.stdout) * 1024
+    assert grown < 24 << 20, (
+        f"{grown >> 20} MB"
+    )  # the two models alone are 47 MB in float32, what SCE makes of them five times that
+
+
+def test_the_fused_folder_loads_in_transformers(tmp_path):
+    places = []
+    for seed, name in enumerate(("pivot", "maths", "poems")):
+        folder = tmp_path / name
+        make_tiny_model(folder, "gemma", "sentencepiece", seed=seed)
+        places.append((name, ModelConfig(name=name, path=str(folder))))
+    merge_locally(artifact(tmp_path / "out"), job(tuple(places), "linear", shard=200_000), report=silent)
+    fused, *given = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "pivot", "maths", "poems")
+    )
+    targets = [model.state_dict() for model in given[1:]]
+    for name, tensor in fused.state_dict().items():
+        assert torch.allclose(tensor, (targets[0][name] + targets[1][name]) / 2, atol=1e-6), name
+    assert fused.lm_head.weight.data_ptr() == fused.model.embed_tokens.weight.data_ptr()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
