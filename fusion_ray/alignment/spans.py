@@ -23,7 +23,8 @@ def match_spans(
 
     Both sides are sorted by message (a number that is unique over all rows), then by bytes. A source token that starts where the pivot token starts
     has the same context: STRICT where it ends there too, else COMPARABLE. A pivot token that starts within a source token is INSIDE it. An empty span
-    is the end of a turn and matches only the other side's end of the same turn, STRICT. Where the source has no token (its row was cut, its template dropped blanks): NONE.
+    is the end of a turn and matches only the other side's end of the same turn, STRICT. Where the source has no token (its row was cut, its
+    template dropped blanks): NONE.
     """
     count, total = message_pivot.size, message_source.size
     index = np.full(count, -1, np.int32)

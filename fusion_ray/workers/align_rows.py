@@ -77,7 +77,7 @@ def teacher_rows(table: pa.Table, rows: Sequence[int] | None = None) -> TeacherR
                 f"row {names[row]!r} has {counts[row]} positions, but {np.diff(own)[row]} values of {name}, expected {counts[row] * width}: "
                 "the shard was not written by the teach stage; remove its artefact and teach again"
             )
-        columns[name] = values
+        columns[name] = np.array(values)  # Arrow's memory is read-only, which compiled code would take for another type
     row_of = np.repeat(np.arange(len(names)), counts)
     lengths = np.diff(token_offsets)
     outside = np.flatnonzero((position < 0) | (position + 1 >= lengths[row_of]))

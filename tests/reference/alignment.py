@@ -1,0 +1,98 @@
+"""Token alignment the slow and obvious way: dictionaries of bytes, one position at a time. The oracle of tests/unit/alignment."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fusion_ray.alignment.vocabulary import Vocabulary
+
+STRICT, COMPARABLE, INSIDE, NONE = range(4)
+
+
+@dataclass(frozen=True)
+class Token:
+    """One predicting position: its label, the bytes of message `message` that it covers, and the candidates with their probabilities."""
+
+    message: int
+    start: int
+    end: int
+    label: int
+    candidates: Sequence[tuple[int, float]] = ()
+    label_probability: float = 1.0
+    lead: bytes = b""  # what the label's piece has before the message
+    trail: bytes = b""
+
+
+def match(pivot: Sequence[Token], source: Sequence[Token]) -> list[tuple[int, int]]:
+    """(source index, kind) of every pivot token, by looking at every source token."""
+    found = []
+    for mine in pivot:
+        best = (-1, NONE)
+        for index, other in enumerate(source):
+            if other.message != mine.message:
+                continue
+            if mine.start == mine.end:
+                if other.start == other.end == mine.start:
+                    best = (index, STRICT)
+            elif other.start == mine.start and other.end > other.start:
+                best = (index, STRICT if other.end == mine.end else COMPARABLE)
+            elif other.start < mine.start < other.end:
+                best = (index, INSIDE)
+        found.append(best)
+    return found
+
+
+def mapped(piece: bytes, pivot: Vocabulary, *, whole: bool) -> int:
+    """The pivot id of exactly `piece`, or of its longest prefix that is one; -1 where there is none."""
+    table: dict[bytes, int] = {}
+    for number, known in enumerate(pivot.pieces):
+        if known and number not in pivot.special and (number not in pivot.fallback or known not in table):
+            table[known] = number
+    lengths = [len(piece)] if whole else range(len(piece), 0, -1)
+    return next((table[piece[:length]] for length in lengths if length and piece[:length] in table), -1)
+
+
+def project(
+    mine: Token, other: Token, kind: int, pivot: Vocabulary, source: Vocabulary, *, whole: bool, condition: bool
+) -> dict[int, float]:
+    """Pivot id to probability; empty where nothing is projected."""
+    if kind == NONE or (kind == INSIDE and not condition):
+        return {}
+    consumed_length = mine.start - other.start
+    consumed = source.pieces[other.label][: len(other.lead) + consumed_length]
+    candidates = list(other.candidates)
+    if kind == INSIDE and other.label not in [token for token, _ in candidates]:
+        candidates.append((other.label, other.label_probability))
+    result: dict[int, float] = {}
+    fitting, fitting_ids = 0.0, 0
+    for token, probability in candidates:
+        if token == other.label and (mine.start == mine.end or (kind == STRICT and (mine.trail or other.trail))):
+            target = pivot_label = mine.label
+            result[pivot_label] = result.get(pivot_label, 0.0) + probability
+            continue
+        if token in source.special:
+            target = -1
+            for role, number in source.roles.items():
+                if number == token and role in pivot.roles and kind != INSIDE:
+                    target = pivot.roles[role]
+        else:
+            piece = source.pieces[token]
+            if not piece.startswith(consumed):
+                continue
+            if token == other.label and other.trail:
+                piece = piece[: -len(other.trail)]
+            fitting, fitting_ids = fitting + probability, fitting_ids + 1
+            target = mapped(mine.lead + piece[len(consumed) :], pivot, whole=whole)
+        if target >= 0:
+            result[target] = result.get(target, 0.0) + probability
+    if kind == INSIDE:
+        spelled = [piece for number, piece in enumerate(source.pieces) if piece and number not in source.special]
+        others = sum(piece.startswith(consumed) for piece in spelled) - fitting_ids
+        tail = max(0.0, 1.0 - sum(probability for _, probability in candidates))
+        scale = fitting + tail * max(0, others) / max(1, len(spelled) - len(other.candidates))
+        result = {token: probability / scale for token, probability in result.items()}
+    return result
+
+
+def bits_per_byte(nats: Sequence[float], count: int) -> float:
+    return sum(nats) / math.log(2) / count
