@@ -6,6 +6,7 @@ threads of one driver: nothing here is global but the settings of Ray Train belo
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import RayTrainCallback
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from fusion_ray.config import DistillConfig, ModelConfig, WorkerResources
@@ -39,6 +42,7 @@ TRAIN_ENV = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
+CPU_ENV = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,9 @@ def distill(
 
 
 def _train(task: Task, resources: WorkerResources, report: Report) -> None:
-    for name, value in TRAIN_ENV.items():
+    for name, value in (TRAIN_ENV if task.on_gpu else TRAIN_ENV | CPU_ENV).items():
         os.environ.setdefault(name, value)
-    trainer = TorchTrainer(
+    trainer = (TorchTrainer if task.on_gpu else _LeanTrainer)(
         _work,
         train_loop_config={"task": task},
         torch_config=TorchConfig(backend="nccl" if task.on_gpu else "gloo"),
@@ -103,6 +107,17 @@ def _train(task: Task, resources: WorkerResources, report: Report) -> None:
     error = _fit(trainer, task.out, report)
     if error:
         raise ValueError(error)
+
+
+class _LeanTrainer(TorchTrainer):
+    """A CPU group without Ray Train's two watchers, each of them a process that imports torch: of a start of 14 s on two cores they take two.
+
+    The cleaner removes the placement group of a controller that died alone, through a dashboard that local clusters do not run.
+    """
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        callbacks: list[RayTrainCallback] = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
 def _fit(trainer: TorchTrainer, out: Artifact, report: Report) -> str | None:
@@ -148,8 +163,10 @@ def _work(train_loop_config: dict[str, Task]) -> dict[str, str]:
 
     context = ray.train.get_context()
     out, rank = task.out, context.get_world_rank()
-    local = Path(tempfile.gettempdir()) / "fusion_ray" / "distill" / out.key
-    scratch = local / f"rank-{rank}"
+    # Named by the URL, as the same key may be trained for two storages at once; the scratch is this attempt's alone.
+    local = Path(tempfile.gettempdir()) / "fusion_ray" / "distill" / hashlib.sha256(out.url.encode()).hexdigest()[:16]
+    local.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"rank-{rank}-", dir=local))
     metrics = MetricsLog(out, f"{WORK}/{METRICS}")
     source = task.rows.local_folder()
     shards = sorted(unit.name for unit in task.rows.manifest().units if unit.name.startswith("shard-"))
@@ -178,9 +195,8 @@ def _work(train_loop_config: dict[str, Task]) -> dict[str, str]:
         out.commit_folder(places.export)
         out.commit_bytes(METRICS, out.read_bytes(f"{WORK}/{METRICS}"), rows=int(str(facts["steps"])))
         out.commit_bytes(FACTS, (json.dumps(facts, indent=1, sort_keys=True) + "\n").encode())
-    shutil.rmtree(scratch, ignore_errors=True)
-    if context.get_local_rank() == 0:
-        shutil.rmtree(local / "rows", ignore_errors=True)
+    if context.get_local_rank() == 0:  # after train, no rank of this node reads there any more
+        shutil.rmtree(local, ignore_errors=True)
     return {}
 
 

@@ -58,8 +58,11 @@ def export(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path, 
             raise ValueError(
                 f"the trained tensor {name} has a non-finite value as {target}: lower distill.learning_rate, or set distill.export_dtype to float32"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    model.save_pretrained(
+        folder, state_dict=dict(state), safe_serialization=True
+    )  # it drops tied names from what it is given
     _complete_keys(folder, pivot, state, set(on_disk))
     _copy_companions(pivot, folder, str(target).removeprefix("torch."))
     _check(folder, state)

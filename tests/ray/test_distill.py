@@ -1,0 +1,190 @@
+"""The distill stage on a real Ray cluster: a killed driver, a killed worker, branches side by side, and what the user must mend.
+
+Three runs of one task - undisturbed, driver killed, worker killed - must end in the same bytes.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fusion_ray.config import DistillConfig, ModelConfig, ResourcesConfig, WorkerResources
+from fusion_ray.stages.cluster import connected
+from fusion_ray.stages.distill import distill
+from fusion_ray.store import Artifact, Manifest
+
+pytestmark = pytest.mark.ray
+HERE = Path(__file__).parent
+
+
+def _helper(name: str, path: Path):  # type: ignore[no-untyped-def]  # a module
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+training = _helper("training", HERE / "training.py")
+tiny = _helper("tiny", HERE.parent / "tiny.py")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pivot, sealed align rows, and room for artefacts."""
+    work = tmp_path_factory.mktemp("distill")
+    tiny.make_tiny_model(work / "pivot", "llama", dtype="bfloat16")
+    rows = Artifact(str(work / "rows"), "align", "rows")
+    paths = training.write_shards(work / "shards")
+    rows.seal([rows.commit_file(path.name, path, rows=10) for path in paths])
+    return work
+
+
+def settings() -> DistillConfig:
+    """160 steps, so that there is a middle to be killed in."""
+    return training.config(epochs=40, checkpoint_every=10, learning_rate=3e-4)
+
+
+def artifact(work: Path, name: str) -> Artifact:
+    """All runs here are of one task, so they have one key; only their folders differ."""
+    return Artifact(str(work / name), "distill", "the-task")
+
+
+@pytest.fixture(scope="module")
+def killed_driver(work: Path) -> Artifact:
+    """An artefact whose driver got SIGKILL after step 25, and left checkpoints of steps 10 and 20."""
+    out = artifact(work, "killed-driver")
+    task = {"out": out.url, "key": out.key, "rows": str(work / "rows"), "pivot": str(work / "pivot")}
+    driver = subprocess.Popen(
+        [sys.executable, str(HERE / "distill_driver.py"), json.dumps(task | {"config": settings().model_dump()})],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        cwd=work,
+        env=os.environ | {"RAY_AUTH_MODE": "disabled"},  # loopback
+    )
+    try:
+        _wait_for_step(out, 25, driver)
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    assert not out.sealed
+    return out
+
+
+@pytest.fixture(scope="module")
+def cluster(killed_driver: Artifact) -> Iterator[None]:
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback; ray read its mode when it was imported
+    with connected(ResourcesConfig(num_cpus=6, object_store_gb=0.2)):
+        yield
+
+
+def _run(out: Artifact, work: Path, config: DistillConfig, seen: list[Mapping[str, object]] | None = None) -> Manifest:
+    return distill(
+        out,
+        Artifact(str(work / "rows"), "align", "rows"),
+        pivot=ModelConfig(name="pivot", path=str(work / "pivot")),
+        config=config,
+        seed=7,
+        resources=WorkerResources(max_workers=2),
+        report=(seen if seen is not None else []).append,
+    )
+
+
+def _steps(out: Artifact, name: str = "metrics.jsonl") -> list[int]:
+    lines = out.read_bytes(name).splitlines() if out.exists(name) else []
+    return [json.loads(line)["step"] for line in lines if line.endswith(b"}")]
+
+
+def _wait_for_step(out: Artifact, step: int, driver: subprocess.Popen[bytes] | None = None) -> None:
+    deadline = time.monotonic() + 240
+    while max(_steps(out, "_work/metrics.jsonl"), default=0) < step:
+        assert time.monotonic() < deadline, f"step {step} was not reached"
+        assert driver is None or driver.poll() is None, "the driver ended before it could be killed"
+        time.sleep(0.02)
+
+
+def _kill_a_worker(out: Artifact) -> int:
+    """SIGKILL to rank 0 of the run that makes `out`: it holds metrics.jsonl open."""
+    _wait_for_step(out, 25)
+    held = str(Path(out.url) / "_work" / "metrics.jsonl")
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if held in {opened.path for opened in process.open_files()}:
+                os.kill(process.pid, signal.SIGKILL)
+                return process.pid
+        except psutil.Error:
+            continue
+    raise AssertionError(f"no process holds {held}")
+
+
+def test_killed_driver_and_killed_worker_end_in_the_undisturbed_bytes(
+    work: Path, killed_driver: Artifact, cluster: None
+) -> None:
+    """Also: three branches in threads of one driver, and no step twice in metrics.jsonl."""
+    outs = [artifact(work, "undisturbed"), killed_driver, artifact(work, "killed-worker")]
+    before = _steps(killed_driver, "_work/metrics.jsonl")
+    failures: list[BaseException] = []
+    seen: list[list[Mapping[str, object]]] = [[], [], []]
+
+    def branch(number: int) -> None:
+        try:
+            _run(outs[number], work, settings(), seen[number])
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=branch, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    assert _kill_a_worker(outs[2]) > 0
+    for thread in threads:
+        thread.join(400)
+    assert not failures
+    assert max(before) >= 25
+    for out in outs:
+        assert out.sealed
+        out.verify()
+        assert _steps(out) == list(range(1, 161))
+        assert not out.exists("_work")
+        assert out.read_bytes("model.safetensors") == outs[0].read_bytes("model.safetensors")
+        assert out.read_bytes("training.json") == outs[0].read_bytes("training.json")
+    losses = [[json.loads(line)["sft"] for line in out.read_bytes("metrics.jsonl").splitlines()] for out in outs]
+    assert losses[0] == losses[1] == losses[2]
+    assert all(figures[-1]["done"] == figures[-1]["total"] == 160 for figures in seen)
+    assert int(str(seen[1][0]["done"])) > 10  # the resumed branch did not start over
+
+
+def test_a_sealed_artefact_is_left_alone(work: Path, cluster: None) -> None:
+    out = artifact(work, "undisturbed")
+    if not out.sealed:
+        _run(out, work, settings())
+    began = time.monotonic()
+    assert _run(out, work, settings()).info["steps"] == 160
+    assert time.monotonic() - began < 1.0
+
+
+def test_rows_of_another_pivot_are_named_and_not_retried(work: Path, cluster: None, tmp_path: Path) -> None:
+    rows = Artifact(str(tmp_path / "rows"), "align", "rows")
+    paths = training.write_shards(tmp_path / "shards", vocabulary=5000)
+    rows.seal([rows.commit_file(path.name, path, rows=10) for path in paths])
+    out = Artifact(str(tmp_path / "out"), "distill", "another")
+    with pytest.raises(ValueError, match=r"shard-00000.parquet: row 'row-\d+' has ids outside the pivot's embedding"):
+        distill(
+            out,
+            rows,
+            pivot=ModelConfig(name="pivot", path=str(work / "pivot")),
+            config=settings(),
+            seed=7,
+            resources=WorkerResources(max_workers=2),
+            report=lambda figures: None,
+        )
+    assert not out.sealed
