@@ -30,6 +30,9 @@ DRIVER_ENV = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
 
+# Their plans, pools and progress are ours to tell (progress.py); their errors are raised.
+_CHATTY = ("ray.data", "ray.train", "ray.serve")
+
 
 @contextlib.contextmanager
 def connected(resources: ResourcesConfig) -> Iterator[None]:
@@ -47,9 +50,9 @@ def connected(resources: ResourcesConfig) -> Iterator[None]:
         logger.info("joining the Ray cluster at %s", address)
         ray.init(address=address, runtime_env={"env_vars": WORKER_ENV}, log_to_driver=False, logging_level="ERROR")
     else:
-        # Set both, else ray.init() writes a token file into the user's home that later flips `ray start` to token mode.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        if os.environ["RAY_AUTH_MODE"] == "token":
+        # With the mode unset ray.init() turns token auth on; a token of our own keeps it from writing one into the user's home, which would
+        # later flip `ray start` to token mode. Setting the mode here would come too late: Ray reads it when it is imported.
+        if "RAY_AUTH_MODE" not in os.environ:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         ray.init(
             num_cpus=resources.num_cpus,
@@ -60,6 +63,8 @@ def connected(resources: ResourcesConfig) -> Iterator[None]:
             logging_level="ERROR",
         )
         logger.info("started a local Ray cluster with %s logical CPUs", int(ray.cluster_resources().get("CPU", 0)))
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
     finally:
