@@ -85,7 +85,7 @@ def test_the_end_of_turn_is_the_label_at_the_end_positions(family: str, kind: st
 
 
 def test_a_template_without_an_end_of_turn_is_an_error() -> None:
-    with pytest.raises(ValueError, match="one and the same token; it ends them with .*nothing of its own"):
+    with pytest.raises(ValueError, match=r"one and the same token; it ends them with .*nothing of its own"):
         end_of_turn_id(
             locator("bytelevel", "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}").tokenizer
         )
