@@ -18,6 +18,7 @@ from fusion_ray.alignment.vocabulary import Vocabulary
 KINDS = ("strict", "comparable", "inside", "none")
 PAIRS_A_SHARD = 64
 PAIRS_SHOWN = 20
+LISTS = ("kinds", "pairs")
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,7 @@ class Coverage:
     pairs: list[list[float]] = field(default_factory=list)
 
     def __add__(self, other: "Coverage") -> "Coverage":
-        sums = {
-            f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.type in ("int", "float")
-        }
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name not in LISTS}
         kinds = [mine + theirs for mine, theirs in zip(self.kinds, other.kinds, strict=True)]
         return Coverage(**sums, kinds=kinds, pairs=_add_pairs(self.pairs, other.pairs))
 

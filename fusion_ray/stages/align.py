@@ -216,7 +216,7 @@ def _count(units: Sequence[Unit], name: str) -> int:
 
 
 def _left_out(units: Sequence[Unit]) -> list[Rejected]:
-    return [Rejected(**row) for unit in units for row in unit.info["left_out"]]  # type: ignore[union-attr, arg-type, misc]
+    return [Rejected(**row) for unit in units for row in unit.info["left_out"]]  # type: ignore[union-attr, arg-type]
 
 
 def _failure(error: Exception, where: str) -> Failure:

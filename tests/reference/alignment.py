@@ -4,6 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from fusion_ray.alignment.positions import Positions
 from fusion_ray.alignment.vocabulary import Vocabulary
 
 STRICT, COMPARABLE, INSIDE, NONE = range(4)
@@ -96,3 +99,23 @@ def project(
 
 def bits_per_byte(nats: Sequence[float], count: int) -> float:
     return sum(nats) / math.log(2) / count
+
+
+def positions_of(rows: Sequence[Sequence[Token]], top_k: int) -> Positions:
+    """The tokens of each row as the arrays that the package works on."""
+    flat = [(row, token) for row, tokens in enumerate(rows) for token in tokens]
+    ids = np.zeros((len(flat), top_k), np.int32)
+    logprobs = np.full((len(flat), top_k), -np.inf, np.float32)
+    for at, (_, token) in enumerate(flat):
+        for k, (candidate, probability) in enumerate(token.candidates):
+            ids[at, k], logprobs[at, k] = candidate, math.log(probability)
+    return Positions(
+        row=np.array([row for row, _ in flat], np.int64),
+        message=np.array([token.message for _, token in flat], np.int64),
+        start=np.array([token.start for _, token in flat], np.int32),
+        end=np.array([token.end for _, token in flat], np.int32),
+        label=np.array([token.label for _, token in flat], np.int32),
+        label_logprob=np.array([math.log(token.label_probability) for _, token in flat], np.float32),
+        topk_ids=ids,
+        topk_logprobs=logprobs,
+    )
