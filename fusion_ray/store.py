@@ -160,8 +160,11 @@ class Folder:
 
     def remove(self, name: str = "") -> None:
         """Remove a file or, with everything below it, a folder; nothing happens where there is none."""
-        if self.fs.exists(self.path(name)):
-            self.fs.rm(self.path(name), recursive=True)
+        path = self.path(name)
+        if self.fs.isfile(path):  # a recursive rm of a file finds nothing on some file systems (memory)
+            self.fs.rm_file(path)
+        elif self.fs.exists(path):
+            self.fs.rm(path, recursive=True)
 
 
 class Artifact(Folder):
