@@ -183,6 +183,7 @@ def doctor() -> None:
 def _work(settings: FusionConfig, select: str | None, only: Sequence[str] | None = None) -> None:
     """Make the nodes of one stage (or of all) and, after a whole run, write and show its report."""
     from fusion_ray.graph import build_graph
+    from fusion_ray.plan import check
     from fusion_ray.progress import listener_for
 
     graph = build_graph(settings)
@@ -192,7 +193,9 @@ def _work(settings: FusionConfig, select: str | None, only: Sequence[str] | None
         raise ConfigError(
             f"--only {', '.join(only or [])}: the stage {select} has the branches {', '.join(branches) or 'none'}"
         )
-    from fusion_ray.pipeline import run_graph
+    if not all(node.artifact.sealed for node in nodes):
+        check(settings, graph)
+    from fusion_ray.pipeline import run_graph  # Ray and torch: seconds, after all that can be refused was
 
     console.print(
         f"run {settings.run.name}: {sum(node.artifact.sealed for node in nodes)} of {len(nodes)} nodes are done",

@@ -4,6 +4,7 @@ Everything is read from headers and file sizes; imports no torch, no ray. The es
 """
 
 import json
+import math
 import shutil
 import struct
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from fusion_ray.config import FusionConfig, ModelConfig, is_url
+from fusion_ray.config import ConfigError, FusionConfig, ModelConfig, is_url
 from fusion_ray.graph import SFT, Graph, Node, build_graph
 
 BYTES_PER_TOKEN = 4.0  # English text under a vocabulary of 30k to 150k
@@ -47,19 +48,23 @@ def model_size(folder: str) -> ModelSize | None:
         return None
     parameters = total = 0
     for file in sorted(path.glob("*.safetensors")):
-        with open(file, "rb") as handle:
-            length = struct.unpack("<Q", handle.read(8))[0]
-            header = json.loads(handle.read(length))
-        for name, tensor in header.items():
-            if name == "__metadata__":
-                continue
-            count = 1
-            for extent in tensor["shape"]:
-                count *= extent
-            parameters += count
+        header, _ = _header(file)
+        parameters += sum(math.prod(tensor["shape"]) for tensor in header.values())
         total += file.stat().st_size
     config = json.loads((path / "config.json").read_text())
     return ModelSize(parameters, total, int(config.get("vocab_size", 0)))
+
+
+def _header(file: Path) -> tuple[dict[str, dict[str, list[int]]], int]:
+    """Tensors of a safetensors file (name to dtype, shape, data_offsets) and the bytes that the file should have; ({}, -1) for an unreadable header."""
+    with open(file, "rb") as handle:
+        try:
+            length = struct.unpack("<Q", handle.read(8))[0]
+            header = json.loads(handle.read(min(length, file.stat().st_size)))
+            header.pop("__metadata__", None)
+            return header, 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        except (struct.error, ValueError, AttributeError, TypeError, KeyError):
+            return {}, -1
 
 
 def plan_table(config: FusionConfig) -> tuple[Table, list[str]]:
@@ -124,6 +129,15 @@ def estimate(config: FusionConfig, graph: Graph, node: Node, sizes: dict[str, Mo
     return Estimate(device_seconds=None)
 
 
+def check(config: FusionConfig, graph: Graph) -> None:
+    """Raises ConfigError with every problem that is found before anything starts. Called by a run that has work to do."""
+    sizes = {model.name: model_size(model.path) for model in (config.pivot, *config.sources)}
+    written = sum(estimate(config, graph, node, sizes).bytes or 0 for node in graph if not node.artifact.sealed)
+    found = list(problems(config, graph, sizes, written))
+    if found:
+        raise ConfigError("\n".join(found))
+
+
 def problems(config: FusionConfig, graph: Graph, sizes: dict[str, ModelSize | None], written: float) -> Iterator[str]:
     """What would stop the run or spoil it, found before anything starts."""
     storage = config.run.storage
@@ -151,7 +165,19 @@ def _model_problems(model: ModelConfig, size: ModelSize | None) -> Iterator[str]
     path = Path(model.path)
     if size is None:
         return
-    if size.parameters == 0:
+    for file in sorted(path.glob("*.safetensors")):
+        wanted = _header(file)[1]
+        if wanted != file.stat().st_size:
+            what = (
+                "has no readable header" if wanted < 0 else f"has {file.stat().st_size} bytes, its header says {wanted}"
+            )
+            yield f"model {model.name!r}: {file} {what}: it is truncated or damaged; fetch it again"
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        shards = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        for missing in sorted(shard for shard in shards if not (path / shard).exists()):
+            yield f"model {model.name!r}: {index} names {missing}, which is not there: fetch it again"
+    if not list(path.glob("*.safetensors")):
         yield f"model {model.name!r}: {path} holds no safetensors weights; pickled weights are not loaded: convert them first"
     tokenizer = path / "tokenizer_config.json"
     template = (path / "chat_template.jinja").exists()

@@ -98,6 +98,16 @@ def test_plan_finds_what_would_stop_the_run(capsys: pytest.CaptureFixture[str], 
         assert word in err
 
 
+def test_run_refuses_a_truncated_model_before_it_starts(capsys: pytest.CaptureFixture[str], run_yaml: Path) -> None:
+    file = run_yaml.parent / "a" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-20])
+    code, _, err = say(capsys, "run", str(run_yaml))
+    assert code == 2
+    assert "model 'a'" in err
+    assert "truncated or damaged" in err
+    assert not (run_yaml.parent / "runs").exists()
+
+
 def test_help_and_plan_import_no_engine(run_yaml: Path) -> None:
     code = (
         "import sys; from fusion_ray.cli import main; assert main(['plan', sys.argv[1]]) == 0;"
