@@ -196,6 +196,7 @@ def _evaluate(store: Store, config: FusionConfig, candidate: Candidate, prints: 
     inputs["model"] = candidate.made_by.key if candidate.made_by else prints[candidate.name]
     settings: dict[str, object] = {
         "max_tokens": wanted.max_tokens,
+        "max_length": wanted.max_length,
         "bootstrap": wanted.bootstrap,
         "seed": config.run.seed,
         "through": "endpoint" if candidate.served else "batch",
@@ -205,5 +206,7 @@ def _evaluate(store: Store, config: FusionConfig, candidate: Candidate, prints: 
         settings["judge"] = wanted.judge.model_dump(mode="json", include={"model", "max_tokens", "url"})
         inputs["judge_questions"] = fingerprint_file(wanted.judge.questions, "evaluate.judge.questions")
         inputs["judge_prompts"] = fingerprint_file(wanted.judge.prompts, "evaluate.judge.prompts")
+        if wanted.judge.references:
+            inputs["judge_references"] = fingerprint_file(wanted.judge.references, "evaluate.judge.references")
     needs = (candidate.made_by,) if candidate.made_by else ()
     return Node("evaluate", candidate.name, store.artifact("evaluate", EVALUATE_FORMAT, settings, inputs), needs)

@@ -13,6 +13,7 @@ from functools import partial
 from fusion_ray.config import FusionConfig, ModelConfig
 from fusion_ray.corpus.ingest import ingest
 from fusion_ray.graph import SFT, Candidate, Graph, Node
+from fusion_ray.merging.parameters import complete_parameters
 from fusion_ray.models import local_folder
 from fusion_ray.records import Report
 from fusion_ray.schedule import Listener, StageRun, Step, one, run_steps
@@ -23,6 +24,8 @@ from fusion_ray.stages.evaluate import EvaluateJob, evaluate_many
 from fusion_ray.stages.merge import merge
 from fusion_ray.stages.serve import serving
 from fusion_ray.stages.teach import teach
+from fusion_ray.workers.align_setup import check_supported
+from fusion_ray.workers.api_key import read_key
 
 
 def run_graph(config: FusionConfig, graph: Graph, nodes: Sequence[Node], listener: Listener) -> list[StageRun]:
@@ -31,6 +34,9 @@ def run_graph(config: FusionConfig, graph: Graph, nodes: Sequence[Node], listene
     steps = [step for step in all_steps(config, graph) if any(node.id in wanted for node in step.nodes)]
     if all(node.artifact.sealed for step in steps for node in step.nodes):
         return run_steps(steps, width=1, listener=listener)  # nothing to do: no cluster is started
+    check_supported(config.align)
+    for method in config.merge.methods:
+        complete_parameters(method.method, method.parameters, targets=len(config.sources))
     with connected(config.resources):
         return run_steps(steps, width=config.resources.branches, listener=listener)
 
@@ -127,7 +133,9 @@ def model_folder(candidate: Candidate) -> str:
 
 def endpoint_key(config: FusionConfig) -> str:
     """The key that the run's endpoint asks for: the user's from the environment, else one made for this process."""
-    return os.environ.setdefault(config.serve.api_key_env, secrets.token_urlsafe(32))
+    return read_key(config.serve.api_key_env) or os.environ.setdefault(
+        config.serve.api_key_env, secrets.token_urlsafe(32)
+    )
 
 
 def _evaluate(

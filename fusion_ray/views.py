@@ -1,6 +1,5 @@
 """What the command line shows or serves beside a run: one row in two tokenizations, an endpoint. Called by cli.py alone."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from fusion_ray.pipeline import model_folder
 from fusion_ray.stages.cluster import connected
 from fusion_ray.stages.serve import serve_forever
 from fusion_ray.workers.aligner import explained_row
+from fusion_ray.workers.api_key import missing_key, read_key
 
 
 def explain_row(config: FusionConfig, source: str, row: str) -> str:
@@ -34,18 +34,16 @@ def serve_model(target: str, overrides: Sequence[str], *, insecure: bool, say: C
             )
         name = Path(target.rstrip("/")).name if not is_url(target) else target.rstrip("/").rsplit("/", 1)[-1]
         folders, serve, resources = {name: local_folder(target)}, ServeConfig(), ResourcesConfig()
-    key = os.environ.get(serve.api_key_env)
+    key = None if insecure else read_key(serve.api_key_env)
     if key is None and not insecure:
-        raise ConfigError(
-            f"no API key: set {serve.api_key_env} to the key that clients must send, or give --insecure (this machine only, no key)"
-        )
+        raise ConfigError(missing_key(serve.api_key_env))
     with connected(resources):
         say(f"starting {', '.join(folders)} ...")
         serve_forever(
             folders,
             config=serve,
             resources=resources.serve,
-            api_key=None if insecure else key,
+            api_key=key,
             insecure=insecure,
             ready=lambda url: say(f"{', '.join(folders)} at {url}; stop with Ctrl-C"),
         )
