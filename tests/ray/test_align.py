@@ -1,0 +1,165 @@
+"""The align stage on a local Ray cluster: shards over tasks, resume, the same bytes, errors that a user can mend."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import ray
+
+from fusion_ray.config import AlignConfig, ConfigError, ModelConfig, WorkerResources
+from fusion_ray.corpus.shards import decode_rejected
+from fusion_ray.logprobs.codec import encode, to_table
+from fusion_ray.records import ALIGN_FORMAT
+from fusion_ray.stages.align import align
+from fusion_ray.store import Artifact, Store
+from fusion_ray.workers.aligner import explained_row
+from tests.teaching import made_up_rows
+from tests.tiny import make_tiny_model, make_tokenizer
+
+pytestmark = pytest.mark.ray
+
+CONTENTS = [
+    "The answer is 42.",
+    "A fox, a dog and a horse.",
+    "Yes",
+    "Water boils at one hundred degrees.\n",
+    "Paris",
+    "naß 👩‍🚀 schön",
+]
+SHARDS = 3
+K = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cluster() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        ray.init(num_cpus=2, object_store_memory=200_000_000, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelConfig, ModelConfig]:
+    root = tmp_path_factory.mktemp("models")
+    make_tiny_model(root / "pivot", "llama", "bytelevel", "chatml")
+    make_tiny_model(root / "source", "gemma", "sentencepiece", "inst")
+    return ModelConfig(name="pivot", path=str(root / "pivot")), ModelConfig(name="other", path=str(root / "source"))
+
+
+def taught(store: Store, name: str, kind: str, template: str, contents: list[str], probability: float) -> Artifact:
+    """A sealed teach artefact of SHARDS shards."""
+    out = store.artifact("teach", 1, {"model": name, "contents": contents}, {})
+    rows = made_up_rows(make_tokenizer(kind, template=template), contents, top_k=K, label_probability=probability)
+    size = -(-len(rows) // SHARDS)
+    units = []
+    for number in range(SHARDS):
+        part = rows[number * size : (number + 1) * size]
+        units.append(out.commit_bytes(f"shard-{number:05d}.parquet", encode(to_table(part, top_k=K)), rows=len(part)))
+    out.seal(units)
+    return out
+
+
+def sides(store: Store, contents: list[str] = CONTENTS) -> tuple[Artifact, Artifact]:
+    return (
+        taught(store, "pivot", "bytelevel", "chatml", CONTENTS, 0.2),
+        taught(store, "other", "sentencepiece", "inst", contents, 0.8),
+    )
+
+
+def run(
+    out: Artifact, rows: tuple[Artifact, Artifact], models: tuple[ModelConfig, ModelConfig], **options: object
+) -> list[Mapping[str, object]]:
+    """Runs the stage and gives back what it reported."""
+    reports: list[Mapping[str, object]] = []
+    settings = {"config": AlignConfig(), "resources": WorkerResources(max_workers=2), "max_rejected": 0.01} | options
+    align(out, *rows, pivot=models[0], source=models[1], report=reports.append, **settings)  # type: ignore[arg-type]
+    return reports
+
+
+def target(store: Store, label: str = "") -> Artifact:
+    return store.artifact("align", ALIGN_FORMAT, {"label": label}, {})
+
+
+def test_shards_are_aligned_side_by_side_and_the_manifest_tells_the_coverage(
+    tmp_path: Path, models: tuple[ModelConfig, ModelConfig]
+) -> None:
+    store = Store(str(tmp_path))
+    rows, out = sides(store), target(store)
+    reports = run(out, rows, models)
+    assert [report["done"] for report in reports] == [1, 2, 3]
+    manifest = out.manifest()
+    out.verify()
+    assert [unit.name for unit in manifest.units] == [
+        "examples.json",
+        "rejected.parquet",
+        "shard-00000.parquet",
+        "shard-00001.parquet",
+        "shard-00002.parquet",
+    ]
+    info = manifest.info
+    assert (info["rows"], info["rejected"], info["source_won"]) == (len(CONTENTS), 0, 1.0)
+    coverage = info["coverage"]
+    assert isinstance(coverage, dict)
+    assert sum(coverage.values()) == pytest.approx(1.0)  # type: ignore[arg-type]
+    assert coverage["strict"] > 0.5  # type: ignore[operator]
+    assert {"mass_kept", "one_hot", "top1_agreement", "worst_pairs", "positions"} <= info.keys()
+    examples = json.loads(out.read_bytes("examples.json"))
+    assert [row["id"] for row in examples] == [f"row-{number}" for number in range(len(CONTENTS))]
+    assert examples[0]["pivot"][0].keys() == {"text", "message", "byte_start", "byte_end", "kind", "source_index"}
+    shown = explained_row(*rows, pivot=models[0], source=models[1], config=AlignConfig(), row="row-5")
+    assert shown == examples[5]
+    with pytest.raises(ConfigError, match="no row 'row-99'"):
+        explained_row(*rows, pivot=models[0], source=models[1], config=AlignConfig(), row="row-99")
+
+
+def test_a_run_that_was_cut_off_makes_only_what_is_missing_and_the_same_bytes(
+    tmp_path: Path, models: tuple[ModelConfig, ModelConfig]
+) -> None:
+    store = Store(str(tmp_path))
+    rows, whole, cut = sides(store), target(store, "whole"), target(store, "cut")
+    run(whole, rows, models)
+    run(cut, rows, models, resources=WorkerResources(max_workers=1))
+    sums = {unit.name: unit.sha256 for unit in whole.manifest().units}
+    assert {unit.name: unit.sha256 for unit in cut.manifest().units} == sums
+    cut.remove("manifest.json")
+    for name in ("shard-00001.parquet", "_units/shard-00001.parquet.json"):
+        cut.remove(name)
+    assert [report["done"] for report in run(cut, rows, models)] == [3]
+    assert {unit.name: unit.sha256 for unit in cut.manifest().units} == sums
+    assert run(cut, rows, models) == []  # sealed: nothing is done
+
+
+def test_rows_that_cannot_be_aligned_are_listed_or_fail_the_stage(
+    tmp_path: Path, models: tuple[ModelConfig, ModelConfig]
+) -> None:
+    store = Store(str(tmp_path))
+    rows, out = sides(store, ["The answer is 43!", *CONTENTS[1:]]), target(store)
+    with pytest.raises(
+        ValueError,
+        match=r"1 of 6 rows cannot be aligned with the source other, .*max_rejected.* row row-0: different text",
+    ) as error:
+        run(out, rows, models)
+    assert type(error.value) is ValueError  # not Ray's wrapper with its traceback
+    assert not out.sealed
+    run(out, rows, models, max_rejected=0.5)
+    left_out = decode_rejected(out.read_bytes("rejected.parquet"))
+    assert [row.id for row in left_out] == ["row-0"]
+    assert (out.manifest().info["rows"], out.manifest().info["rejected"]) == (5, 1)
+
+
+def test_what_a_user_can_mend_is_said_plainly(tmp_path: Path, models: tuple[ModelConfig, ModelConfig]) -> None:
+    store = Store(str(tmp_path))
+    pivot_rows, source_rows = sides(store)
+    with pytest.raises(ConfigError, match=r"align.method is 'fusechat'"):
+        run(target(store), (pivot_rows, source_rows), models, config=AlignConfig(method="fusechat"))
+    lacking = store.artifact("teach", 1, {"model": "lacking"}, {})
+    lacking.seal([lacking.commit_bytes("shard-00000.parquet", source_rows.read_bytes("shard-00000.parquet"), rows=2)])
+    with pytest.raises(ValueError, match=r"holds shard-00001.parquet and .* does not"):
+        run(target(store), (pivot_rows, lacking), models)
+    broken = store.artifact("teach", 1, {"model": "broken"}, {})
+    broken.seal([broken.commit_bytes(f"shard-{n:05d}.parquet", b"PAR1 cut off", rows=2) for n in range(SHARDS)])
+    with pytest.raises(ValueError, match=r"shard-00000.parquet of ") as error:
+        run(target(store), (pivot_rows, broken), models)
+    assert type(error.value) is ValueError
