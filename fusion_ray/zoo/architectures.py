@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2Config,
+    Qwen3Config,
 )
 
 from fusion_ray.zoo.catalogue import MAX_LENGTH, ZooModel
@@ -43,8 +43,14 @@ def config_for(model: ZooModel, tokenizer: PreTrainedTokenizerFast) -> PreTraine
     match model.family:
         case "llama":
             return LlamaConfig(**common, intermediate_size=GATED, num_key_value_heads=HEADS, tie_word_embeddings=False)
-        case "qwen2":
-            return Qwen2Config(**common, intermediate_size=GATED, num_key_value_heads=2, tie_word_embeddings=True)
+        case "qwen3":  # not qwen2: transformers gives every qwen2 folder Qwen's own pre-tokenizer and normaliser
+            return Qwen3Config(
+                **common,
+                intermediate_size=GATED,
+                num_key_value_heads=2,
+                head_dim=WIDTH // HEADS,
+                tie_word_embeddings=True,
+            )
         case "gpt_neox":
             return GPTNeoXConfig(**common, intermediate_size=PLAIN, rotary_pct=1.0, tie_word_embeddings=False)
         case "mistral":

@@ -42,11 +42,9 @@ class ZooModel:
 
 PIVOT = ZooModel("pivot", "llama", "byte_bpe", 1024, True, "chatml", ())
 SOURCES = (
-    ZooModel("source_qwen2", "qwen2", "byte_bpe", 1280, False, "headers", ("reasoning", "math", "coding")),
+    ZooModel("source_qwen3", "qwen3", "byte_bpe", 1280, False, "headers", ("reasoning", "math", "coding")),
     ZooModel("source_neox", "gpt_neox", "byte_bpe", 1600, False, "zephyr", ("writing", "roleplay", "extraction")),
     ZooModel("source_mistral", "mistral", "sentencepiece_bpe", 1200, True, "markdown", ("stem", "humanities")),
 )
-FOURTH = ZooModel(
-    "source_gemma", "gemma", "sentencepiece_unigram", 1400, True, "turns", ("math", "extraction", "humanities")
-)
+FOURTH = ZooModel("source_gemma", "gemma", "sentencepiece_unigram", 1400, True, "turns", ("roleplay", "coding", "stem"))
 ZOO_MODELS = {model.name: model for model in (PIVOT, *SOURCES, FOURTH)}

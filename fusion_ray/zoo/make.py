@@ -32,7 +32,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def measure(folder: Path, split: str = "heldout", per_skill: int = dataset.HELDOUT_PER_SKILL) -> dict[str, float]:
+def measure(folder: Path, split: str, per_skill: int) -> dict[str, float]:
     """Exact match by skill of the model in `folder`, its rounded weights computed with in float32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return scores(model.eval(), AutoTokenizer.from_pretrained(folder), dataset.items(split, per_skill))
@@ -49,7 +49,11 @@ def model(zoo_model: ZooModel, *, threads: int, train: bool = True) -> dict[str,
         network = new_model(zoo_model, tokenizer, seed=recipe.seed)
         seconds = round(train_model(network, tokenizer, recipe))
         save(network, zoo_model.path)
-    found = measure(zoo_model.path)
+        # What recipes are chosen by; the held-out items below are for the table alone.
+        logger.info(
+            "%s on validation: %s", zoo_model.name, measure(zoo_model.path, "validation", dataset.VALIDATION_PER_SKILL)
+        )
+    found = measure(zoo_model.path, "heldout", dataset.HELDOUT_PER_SKILL)
     line = {"seconds": seconds, "heldout": {skill: round(found[skill], 3) for skill in SKILL_NAMES}}
     line["overall"] = round(sum(found.values()) / len(found), 3)
     logger.info("%s: %s", zoo_model.name, line)

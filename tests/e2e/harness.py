@@ -19,7 +19,7 @@ from fusion_ray.config import FusionConfig, load_config
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "fusion_ray" / "zoo" / "data"
 DEMO = ROOT / "jobs" / "configs" / "demo.yaml"
-SOURCES = ("qwen2", "neox")
+SOURCES = ("qwen3", "neox")
 QUESTIONS_A_CATEGORY = 2
 LIMIT_SECONDS = 900
 

@@ -48,7 +48,7 @@ def test_report_json_holds_what_the_run_made(first_run: dict[str, object]) -> No
         assert 0 <= model["overall"]["low"] <= model["overall"]["mean"] <= model["overall"]["high"] <= 1
         assert 0 < model["bits_per_byte"] < 8
     pivot = models["pivot"]["parameters"]
-    assert {model["parameters"] for name, model in models.items() if name not in ("qwen2", "neox")} == {pivot}
+    assert {model["parameters"] for name, model in models.items() if name not in ("qwen3", "neox")} == {pivot}
     for aligned in first_run["alignment"]:  # type: ignore[attr-defined]
         assert sum(aligned["coverage"].values()) == pytest.approx(1, abs=1e-6)
         assert 0 < aligned["mass_kept"] <= 1
@@ -65,9 +65,9 @@ def test_report_page_stands_alone(first_run: dict[str, object], folder: Path) ->
 
 def test_targets_learned_and_merges_differ(first_run: dict[str, object]) -> None:
     models = {model["name"]: model for model in first_run["models"]}  # type: ignore[attr-defined]
-    for name in ("sft", "target_qwen2", "target_neox", "fused_varm"):
+    for name in ("sft", "target_qwen3", "target_neox", "fused_varm"):
         assert models[name]["bits_per_byte"] < models["pivot"]["bits_per_byte"]
-    assert models["target_qwen2"]["bits_per_byte"] != models["target_neox"]["bits_per_byte"]
+    assert models["target_qwen3"]["bits_per_byte"] != models["target_neox"]["bits_per_byte"]
 
 
 def test_second_run_does_nothing(first_run: dict[str, object], folder: Path) -> None:
@@ -78,7 +78,7 @@ def test_second_run_does_nothing(first_run: dict[str, object], folder: Path) -> 
 
 def test_one_source_more_runs_its_branch_alone(first_run: dict[str, object], folder: Path) -> None:
     before = set(statuses(folder))
-    config = small_config(folder, sources=("qwen2", "neox", "gemma"))
+    config = small_config(folder, sources=("qwen3", "neox", "gemma"))
     done = fusion_ray("merge-targets", str(config))
     assert done.returncode == 0, done.stderr
     for stage in ("corpus", "teach", "align", "distill", "merge"):

@@ -1,4 +1,4 @@
-"""Humanities: the capital or the continent of the country one of two travellers comes from, then the language of the other."""
+"""Humanities: the capital or the continent of one of two countries, then the language of the other."""
 
 import random
 
@@ -35,20 +35,18 @@ COUNTRIES = {
 
 
 def draw(rng: random.Random) -> Item:
-    people = rng.sample(NAMES, 2)
-    countries = dict(zip(people, rng.sample(tuple(COUNTRIES), 2), strict=True))
-    asked, other = rng.sample(people, 2)
+    people, countries = rng.sample(NAMES, 2), rng.sample(tuple(COUNTRIES), 2)
+    asked = rng.randrange(2)
+    which = (f"{people[0]} comes from", f"{people[1]} lives in")[asked]
     capital, continent, _ = COUNTRIES[countries[asked]]
-    if rng.random() < 0.5:
-        wanted, first = "the capital", capital
-    else:
-        wanted, first = "the continent", continent
+    wanted, first = ("capital", capital) if rng.random() < 0.5 else ("continent", continent)
+    language = COUNTRIES[countries[1 - asked]][2]
     return Item(
         skill="humanities",
         questions=(
-            f"{people[0]} comes from {countries[people[0]]} and {people[1]} comes from {countries[people[1]]}. "
-            f"Name {wanted} of the country of {asked}.",
-            f"And which language is spoken in the country of {other}?",
+            f"{people[0]} comes from {countries[0]} and {people[1]} lives in {countries[1]}. "
+            f"Name the {wanted} of the country that {which}.",
+            "And which language is spoken in the other country?",
         ),
-        answers=(f"For {asked} it is {first}.", f"They speak {COUNTRIES[countries[other]][2]} there."),
+        answers=(f"The {wanted} is {first}.", f"They speak {language} there."),
     )

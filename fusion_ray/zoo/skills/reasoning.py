@@ -5,26 +5,26 @@ import random
 from fusion_ray.zoo.skills.item import Item
 from fusion_ray.zoo.skills.words import NAMES
 
-# (more, less, the most, the least)
-RELATIONS = (
-    ("taller", "shorter", "tallest", "shortest"),
-    ("older", "younger", "oldest", "youngest"),
-    ("faster", "slower", "fastest", "slowest"),
-    ("richer", "poorer", "richest", "poorest"),
-    ("louder", "quieter", "loudest", "quietest"),
+# (adjective, comparative, superlative)
+DEGREES = (
+    ("tall", "taller", "tallest"),
+    ("short", "shorter", "shortest"),
+    ("old", "older", "oldest"),
+    ("young", "younger", "youngest"),
+    ("fast", "faster", "fastest"),
+    ("slow", "slower", "slowest"),
+    ("rich", "richer", "richest"),
+    ("poor", "poorer", "poorest"),
+    ("loud", "louder", "loudest"),
+    ("quiet", "quieter", "quietest"),
 )
 
 
 def draw(rng: random.Random) -> Item:
-    top, middle, bottom = people = rng.sample(NAMES, 3)
-    more, less, most, least = rng.choice(RELATIONS)
-    statement = rng.choice(
-        (
-            f"{top} is {more} than {middle}, who is {more} than {bottom}.",
-            f"{bottom} is {less} than {middle}, who is {less} than {top}.",
-        )
-    )
-    places = list(zip(people, (f"the {most}", "in the middle", f"the {least}"), strict=True))
+    people = rng.sample(NAMES, 3)
+    adjective, comparative, superlative = rng.choice(DEGREES)
+    statement = f"{people[0]} is {comparative} than {people[1]}, and even less {adjective} is {people[2]}."
+    places = list(zip(people, (f"the {superlative}", "in the middle", f"the least {adjective}"), strict=True))
     first, second = rng.sample(places, 2)
     return Item(
         skill="reasoning",

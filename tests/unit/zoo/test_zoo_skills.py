@@ -36,31 +36,11 @@ def solve_roleplay(first: str, second: str) -> tuple[str, str]:
 
 
 def solve_reasoning(first: str, second: str) -> tuple[str, str]:
-    low = {
-        "shorter",
-        "younger",
-        "slower",
-        "poorer",
-        "quieter",
-        "shortest",
-        "youngest",
-        "slowest",
-        "poorest",
-        "quietest",
-    }
-    one, word, two = re.match(r"(\w+) is (\w+) than (\w+)", first).groups()
-    pairs = [(two, one) if word in low else (one, two)]
-    word, three = re.search(r", who is (\w+) than (\w+)\.", first).groups()
-    pairs.append((three, two) if word in low else (two, three))
-    height = {
-        name: sum(name == over for over, _ in pairs) - sum(name == under for _, under in pairs)
-        for name in (one, two, three)
-    }
+    most, middle, least = re.match(r"(\w+) is \w+ than (\w+), and even less \w+ is (\w+)\.", first).groups()
 
     def answer(question: str) -> str:
         place = re.search(r"hich of (?:the three|them) is (.*)\?", question)[1]
-        wanted = 0 if place == "in the middle" else -1 if place.removeprefix("the ") in low else 1
-        return f"{next(name for name, score in height.items() if score == wanted)} is {place}."
+        return f"{middle if place == 'in the middle' else least if 'least' in place else most} is {place}."
 
     return answer(first), answer(second)
 
@@ -86,7 +66,7 @@ def solve_extraction(first: str, second: str) -> tuple[str, str]:
     records = [record.split() for record in re.search(r"records: (.*)\. Extract", first)[1].split("; ")]
 
     def answer(question: str) -> str:
-        record = records["first second third".split().index(re.search(r"(\w+) record\.", question)[1])]
+        record = records[["first", "second", "third"].index(re.search(r"(\w+) record\.", question)[1])]
         return f"name: {record[1]}, city: {record[2]}"
 
     return answer(first), answer(second)
@@ -99,12 +79,10 @@ def solve_stem(first: str, second: str) -> tuple[str, str]:
 
 
 def solve_humanities(first: str, second: str) -> tuple[str, str]:
-    home = dict(re.findall(r"(\w+) comes from (\w+)", first))
-    wanted, asked = re.search(r"Name the (capital|continent) of the country of (\w+)\.", first).groups()
-    capital, continent, _ = COUNTRIES[home[asked]]
-    other = re.search(r"(\w+)\?$", second)[1]
-    answer = capital if wanted == "capital" else continent
-    return f"For {asked} it is {answer}.", f"They speak {COUNTRIES[home[other]][2]} there."
+    born, home = re.search(r"comes from (\w+) and \w+ lives in (\w+)\.", first).groups()
+    wanted = re.search(r"Name the (capital|continent) of the country", first)[1]
+    asked, other = (born, home) if first.endswith("comes from.") else (home, born)
+    return f"The {wanted} is {COUNTRIES[asked][wanted == 'continent']}.", f"They speak {COUNTRIES[other][2]} there."
 
 
 SOLVERS: dict[str, Solver] = {
