@@ -59,16 +59,19 @@ def teach(
     tally = _Tally(model, sum(unit.rows for unit in shards), max_rejected)
     for unit in units.values():
         tally.add(unit)
-    started, tokens = time.monotonic(), 0
+    first, tokens = 0.0, 0
     for name in _pool(out, corpus, todo, model, template, config, seed, resources):
         taught = out.unit(name)
         if taught is None:
             raise OSError(f"{out.url}/{name} was committed and is gone: the storage lost it; run again")
         units[name] = taught
         tally.add(taught)
-        tokens += _count(taught, "tokens")
-        rate = tokens / max(time.monotonic() - started, 1e-9)
-        report({"done": len(units), "total": len(shards), "unit": "shards", "tokens_per_second": rate})
+        figures: dict[str, object] = {"done": len(units), "total": len(shards), "unit": "shards"}
+        if first:  # the rate counts from the first shard: before it, engines start
+            tokens += _count(taught, "tokens")
+            figures["tokens_per_second"] = tokens / max(time.monotonic() - first, 1e-9)
+        first = first or time.monotonic()
+        report(figures)
     return _seal(out, [units[unit.name] for unit in shards], model)
 
 
