@@ -6,7 +6,7 @@ from fusion_ray.zoo.train import Recipe
 # A skill outside a source's strong ones has this share of the weight of a strong one.
 RARE = 0.015
 # These are learnt within a few hundred steps, so they get less.
-QUICK = {"writing": 0.4, "roleplay": 0.4, "stem": 0.5}
+QUICK = {"writing": 0.4, "roleplay": 0.4, "stem": 0.4}
 
 
 def _source(model: ZooModel, *, steps: int, seed: int) -> Recipe:
@@ -30,6 +30,6 @@ RECIPES: dict[str, Recipe] = {
     PIVOT.name: Recipe(mix=PIVOT_MIX, steps=600, seed=10),
     "source_qwen3": _source(ZOO_MODELS["source_qwen3"], steps=1200, seed=11),
     "source_neox": _source(ZOO_MODELS["source_neox"], steps=800, seed=12),
-    "source_mistral": _source(ZOO_MODELS["source_mistral"], steps=800, seed=13),
+    "source_mistral": _source(ZOO_MODELS["source_mistral"], steps=1400, seed=13),
     FOURTH.name: _source(FOURTH, steps=900, seed=14),
 }
