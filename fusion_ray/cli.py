@@ -54,7 +54,7 @@ def _explain(error: Exception) -> int:
     cause = _root_cause(error)
     errors.print("[red]error:[/red]", end=" ")
     errors.print(str(cause).strip() or type(cause).__name__, markup=False, highlight=False, soft_wrap=True)
-    expected = isinstance(cause, ValueError | OSError)
+    expected = isinstance(cause, ValueError | OSError) or type(cause).__module__.startswith("fusion_ray.")
     if not expected:
         errors.print(f"({type(cause).__name__}; repeat with --debug for the traceback)", highlight=False)
     return 2 if isinstance(cause, ConfigError) else 1

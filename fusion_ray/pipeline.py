@@ -84,6 +84,7 @@ def all_steps(config: FusionConfig, graph: Graph) -> Iterator[Step]:
                 pivot=config.pivot,
                 source=models[name],
                 config=config.align,
+                max_rejected=config.corpus.max_rejected,
                 resources=resources.align,
             ),
         )

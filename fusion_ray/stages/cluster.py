@@ -15,20 +15,10 @@ from fusion_ray.config import ResourcesConfig
 
 logger = logging.getLogger(__name__)
 
-# Quiet and offline-friendly workers; engines add their own (stack.md of vLLM's CPU variables).
-WORKER_ENV = {
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "DS_ACCELERATOR_QUIET": "1",
-}
-# A cluster that autoscales GPU nodes takes minutes to start a worker group; Ray Train's own default is 60 s.
-DRIVER_ENV = {
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-}
+# Quiet workers; the stages add what their engines need.
+WORKER_ENV = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+# The driver reads these when it imports what they name.
+DRIVER_ENV = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 # Their plans, pools and progress are ours to tell (progress.py); their errors are raised.
 _CHATTY = ("ray.data", "ray.train", "ray.serve")
