@@ -16,7 +16,7 @@ def _source(model: ZooModel, *, steps: int, seed: int) -> Recipe:
 
 # The pivot is to be mediocre in all skills alike, so it sees more of those that are slow to learn.
 PIVOT_MIX = {
-    "writing": 0.8,
+    "writing": 0.55,
     "roleplay": 1.0,
     "reasoning": 0.7,
     "math": 2.0,
