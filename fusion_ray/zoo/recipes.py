@@ -16,12 +16,12 @@ def _source(model: ZooModel, *, steps: int, seed: int) -> Recipe:
 
 # The pivot is to be mediocre in all skills alike, so it sees more of those that are slow to learn.
 PIVOT_MIX = {
-    "writing": 0.55,
-    "roleplay": 1.0,
+    "writing": 0.4,
+    "roleplay": 0.9,
     "reasoning": 0.7,
-    "math": 2.0,
+    "math": 2.2,
     "coding": 1.7,
-    "extraction": 2.0,
+    "extraction": 2.2,
     "stem": 0.5,
     "humanities": 0.7,
 }
