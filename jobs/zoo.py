@@ -1,6 +1,6 @@
 """Remake the zoo: tokenizers, weights and data files of `fusion_ray/zoo`, and the table of its README.
 
-    python jobs/zoo.py                      everything (about 20 minutes on 2 cores)
+    python jobs/zoo.py                      everything (about 15 minutes on one core)
     python jobs/zoo.py --data               the data files alone (a second)
     python jobs/zoo.py --check              recompute the data files and compare; exit code 1 where one differs
     python jobs/zoo.py --only source_neox   one model (may be repeated)
