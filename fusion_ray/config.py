@@ -68,7 +68,7 @@ class TeachConfig(Section):
 
 class AlignConfig(Section):
     method: Literal["spans", "fusechat"] = "spans"
-    map: Literal["exact", "prefix", "min_edit", "statistics"] = "prefix"
+    map: Literal["exact", "prefix", "canonical", "min_edit", "statistics"] = "canonical"
     inside: Literal["skip", "label", "condition"] = "skip"
     duplicates: Literal["sum", "first"] = "sum"
     choose: Literal["min_ce", "source", "pivot"] = "min_ce"
@@ -114,7 +114,9 @@ class MergeMethod(Section):
     variant: Literal["paper", "fusechat_release", "mergekit"] | None = None
     select_topk: float | None = Field(None, gt=0, le=1)
     square: bool | None = None
-    weight: float | tuple[float, ...] | None = Field(None, description="linear and task_arithmetic: for all, or one each")
+    weight: float | tuple[float, ...] | None = Field(
+        None, description="linear and task_arithmetic: for all, or one each"
+    )
 
     @property
     def label(self) -> str:

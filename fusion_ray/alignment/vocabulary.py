@@ -3,7 +3,7 @@
 Ids beyond the tokenizer (padded embedding rows) and ids it cannot spell hold b"". Special tokens are met by role, never by their string.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -21,6 +21,7 @@ class Vocabulary:
 
     `roles` names the ids that mean the same in every model (`end_of_turn`). `fallback` ids are single-byte tokens that a tokenizer uses only where
     no ordinary piece has the bytes (SentencePiece's byte fallback): a lookup by bytes prefers any other id.
+    `first_token(bytes)` is the id that the tokenizer itself begins these bytes with, -1 where it cannot say; None where only bytes are known.
     Raises ValueError for an id outside the vocabulary.
     """
 
@@ -28,6 +29,7 @@ class Vocabulary:
     special: frozenset[int] = frozenset()
     roles: Mapping[str, int] = field(default_factory=dict)
     fallback: frozenset[int] = frozenset()
+    first_token: Callable[[bytes], int] | None = None
 
     def __post_init__(self) -> None:
         for name, ids in (

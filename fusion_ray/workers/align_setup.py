@@ -48,4 +48,19 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None 
         if _BYTE_TOKEN.fullmatch(name) and len(pieces.pieces[number]) == 1
     }
     roles = {} if end is None else {END_OF_TURN: int(end)}
-    return Vocabulary(tuple(pieces.pieces), frozenset(pieces.special), roles, frozenset(fallback))
+    return Vocabulary(
+        tuple(pieces.pieces),
+        frozenset(pieces.special),
+        roles,
+        frozenset(fallback),
+        lambda text: _first_token(tokenizer, text),
+    )
+
+
+def _first_token(tokenizer: PreTrainedTokenizerBase, text: bytes) -> int:
+    """What the tokenizer begins `text` with; -1 for bytes that are no text of their own."""
+    try:
+        ids = tokenizer.encode(text.decode(), add_special_tokens=False)
+    except UnicodeDecodeError:
+        return -1
+    return int(ids[0]) if ids else -1
