@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from fusion_ray.config import FusionConfig, ModelConfig
+from fusion_ray.config import ConfigError, FusionConfig, ModelConfig
 from fusion_ray.corpus.ingest import ingest
 from fusion_ray.graph import SFT, Candidate, Graph, Node
 from fusion_ray.merging.parameters import complete_parameters
@@ -34,11 +34,19 @@ def run_graph(config: FusionConfig, graph: Graph, nodes: Sequence[Node], listene
     steps = [step for step in all_steps(config, graph) if any(node.id in wanted for node in step.nodes)]
     if all(node.artifact.sealed for step in steps for node in step.nodes):
         return run_steps(steps, width=1, listener=listener)  # nothing to do: no cluster is started
-    check_supported(config.align)
-    for method in config.merge.methods:
-        complete_parameters(method.method, method.parameters, targets=len(config.sources))
+    _check_methods(config)
     with connected(config.resources):
         return run_steps(steps, width=config.resources.branches, listener=listener)
+
+
+def _check_methods(config: FusionConfig) -> None:
+    """What the stages would refuse hours later. Raises ConfigError naming the key."""
+    check_supported(config.align)
+    for number, method in enumerate(config.merge.methods):
+        try:
+            complete_parameters(method.method, method.parameters, targets=len(config.sources))
+        except ValueError as error:
+            raise ConfigError(f"`merge.methods.{number}`: {error}") from error
 
 
 def all_steps(config: FusionConfig, graph: Graph) -> Iterator[Step]:

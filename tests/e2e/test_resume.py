@@ -42,5 +42,5 @@ def test_killed_driver_goes_on_where_it_was(tmp_path: Path) -> None:
     for stage in ("teach", "align", "merge"):
         assert manifests(storage, stage) == manifests(undisturbed, stage), stage
     for steps in (storage / "artifacts" / "distill").glob("*/metrics.jsonl"):
-        numbers = [json.loads(line)["done"] for line in steps.read_text().splitlines()]
+        numbers = [json.loads(line)["step"] for line in steps.read_text().splitlines()]
         assert numbers == list(range(1, len(numbers) + 1)), "a step is missing or stands twice"
