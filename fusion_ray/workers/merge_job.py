@@ -133,7 +133,7 @@ def _finish(
     committed.extend(_copy_files(out, models.pivot, job.dtype))
     committed.append(out.commit_bytes(REPORT, (json.dumps(content, indent=1) + "\n").encode()))
     info: dict[str, object] = {"method": job.method, "parameters": dict(parameters), "shards": len(units)}
-    manifest = out.seal(committed, info | fused_figures(changes, merged))
+    manifest = out.seal(committed, info | {"fused": fused_figures(changes, merged)})
     out.remove(STATISTICS)
     return manifest
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fusion_ray.zoo.scoring import exact_match
+from fusion_ray.judging.scores import exact_match
 from fusion_ray.zoo.skills.item import Item
 
 Message = dict[str, str]
