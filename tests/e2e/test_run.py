@@ -92,33 +92,31 @@ def test_one_source_more_runs_its_branch_alone(first_run: dict[str, object], fol
     }
 
 
+def _free_ports(count: int) -> list[str]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [str(probe.getsockname()[1]) for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
 @pytest.fixture
 def ray_head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """A cluster as `ray start` makes it, token auth on: the dashboard's address and the environment with its token."""
-    ports = []
-    for _ in range(2):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports.append(probe.getsockname()[1])
+    port, dashboard, agent = _free_ports(3)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     ray = str(Path(sys.executable).parent / "ray")
-    arguments = [
-        "start",
-        "--head",
-        "--block",
-        "--port",
-        str(ports[0]),
-        "--dashboard-port",
-        str(ports[1]),
-        "--num-cpus",
-        "8",
-    ]
-    arguments += ["--object-store-memory", "300000000", "--temp-dir", f"/tmp/fr-{secrets.token_hex(4)}"]
+    arguments = ["start", "--head", "--block", "--port", port, "--dashboard-port", dashboard, "--num-cpus", "8"]
+    # The agent takes submitted jobs; at its default port it would meet another cluster's on this machine.
+    arguments += ["--dashboard-agent-listen-port", agent, "--object-store-memory", "300000000"]
+    arguments += ["--temp-dir", f"/tmp/fusion-ray-{secrets.token_hex(4)}"]
     with open(tmp_path / "head.log", "wb") as log:
         head = subprocess.Popen([ray, *arguments], env=environment, stdout=log, stderr=log)
     try:
-        address = f"http://127.0.0.1:{ports[1]}"
+        address = f"http://127.0.0.1:{dashboard}"
         deadline = time.monotonic() + 120
         listing = [ray, "job", "list", "--address", address]
         while subprocess.run(listing, env=environment, capture_output=True, check=False).returncode:
@@ -139,7 +137,13 @@ def test_ray_job_gives_the_same_artefacts(
     small_config(folder)
     command = [ray, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--"]
     command += [sys.executable, "jobs/merge_targets.py", str(small), f"run.storage={tmp_path}/runs"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
+    for _ in range(30):  # the head answers before its agent has registered
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
+        )
+        if "No available agent" not in done.stderr:
+            break
+        time.sleep(2)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     for stage in ("align", "merge"):
         mine = manifests(tmp_path / "runs", stage)
