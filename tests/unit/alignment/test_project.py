@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,7 +26,8 @@ WORDS = [b"ab", b"ba", b"aba", b" a", b" ab", b"b ", b"b\n", b"\n", b" ab\n", b"
 def vocabulary(*words: bytes, padded: int = 0) -> Vocabulary:
     """All bytes, the end of turn at 256, a control token without a role at 257, then the words and `padded` ids without a token."""
     pieces = [*BYTES, b"<end>", b"<other>", *words, *[b""] * padded]
-    return Vocabulary(tuple(pieces), frozenset({END, END + 1}), {END_OF_TURN: END})
+    words = Vocabulary(tuple(pieces), frozenset({END, END + 1}), {END_OF_TURN: END})
+    return replace(words, first_token=words.longest_prefix)  # a tokenizer that writes the longest token it can
 
 
 def run(
@@ -150,7 +152,10 @@ def test_equals_the_slow_oracle(
             and kind != INSIDE
         ):
             continue  # equal vocabularies map control tokens to themselves, which the oracle does not
-        assert distribution(projection, at) == pytest.approx(expected, rel=1e-4), (pivot[at], source[index])
+        found = distribution(projection, at)
+        if ours.same_as(theirs):
+            found.pop(END + 1, None)  # the same at a position with a lead
+        assert found == pytest.approx(expected, rel=1e-4), (pivot[at], source[index])
 
 
 @settings(deadline=None, max_examples=60)  # the first example compiles
