@@ -8,6 +8,7 @@ import contextlib
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 from fusion_ray.config import ConfigError, FusionConfig, ModelConfig
@@ -30,13 +31,19 @@ from fusion_ray.workers.api_key import read_key
 
 def run_graph(config: FusionConfig, graph: Graph, nodes: Sequence[Node], listener: Listener) -> list[StageRun]:
     """Make the artefacts of `nodes` and of all that they need. Raises the first step's error once independent work is sealed."""
-    wanted = {node.id for node in graph.closure(nodes)}
-    steps = [step for step in all_steps(config, graph) if any(node.id in wanted for node in step.nodes)]
+    steps = steps_for(config, graph, nodes)
     if all(node.artifact.sealed for step in steps for node in step.nodes):
         return run_steps(steps, width=1, listener=listener)  # nothing to do: no cluster is started
     _check_methods(config)
     with connected(config.resources):
         return run_steps(steps, width=config.resources.branches, listener=listener)
+
+
+def steps_for(config: FusionConfig, graph: Graph, nodes: Sequence[Node]) -> list[Step]:
+    """The steps that make `nodes` and all that they need, without the other nodes of a shared step."""
+    wanted = {node.id for node in graph.closure(nodes)}
+    kept = [(step, tuple(node for node in step.nodes if node.id in wanted)) for step in all_steps(config, graph)]
+    return [replace(step, nodes=members) for step, members in kept if members]
 
 
 def _check_methods(config: FusionConfig) -> None:
