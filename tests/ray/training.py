@@ -113,6 +113,8 @@ def run_training(
         for rank in range(world_size)
     ]
     errors = [process.communicate(timeout=300)[1] for process in processes]
-    if stop_after is None and any(process.returncode for process in processes):  # the ranks beside a killed one fail too
+    if stop_after is None and any(
+        process.returncode for process in processes
+    ):  # the ranks beside a killed one fail too
         raise RuntimeError("\n".join(errors))
     return [json.loads(line) for line in reports.read_text().splitlines()] if reports.exists() else []
