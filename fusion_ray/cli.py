@@ -17,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fuse chat models of different architectures and tokenizers into one model of the pivot's size.",
 )
+INTERRUPTED = 130
 console = Console()
 errors = Console(stderr=True)
 
@@ -37,12 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        errors.print("interrupted: what was sealed is kept; the same command goes on from there")
-        return _leave(130)
+        code = INTERRUPTED
     except Exception as error:
         if debug:
             raise
         return _explain(error)
+    if code == INTERRUPTED:  # typer's own number for Ctrl-C
+        errors.print("interrupted: what was sealed is kept; the same command goes on from there")
+        return _leave(INTERRUPTED)
     return int(code or 0)
 
 

@@ -114,3 +114,15 @@ def test_help_and_plan_import_no_engine(run_yaml: Path) -> None:
         "raise SystemExit(any(name in sys.modules for name in ('torch', 'ray', 'vllm', 'deepspeed', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code, str(run_yaml)], check=False).returncode == 0
+
+
+def test_interrupt_says_that_work_is_kept(
+    capsys: pytest.CaptureFixture[str], run_yaml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fusion_ray.plan.plan_table", interrupted)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)  # where Ray runs, the process ends at once
+    code, _, err = say(capsys, "plan", str(run_yaml))
+    assert (code, "the same command goes on from there" in err) == (130, True)
