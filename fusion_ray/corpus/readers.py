@@ -54,6 +54,15 @@ def read_conversations(paths: Sequence[str], *, format: str = "auto") -> Iterato
             yield conversation
 
 
+def read_text(path: str, key: str) -> str:
+    """The text of a local file or URL. Raises ValueError naming the config key where it cannot be read."""
+    try:
+        with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
+            return str(file.read())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{key}: cannot read {path!r}: {error}") from error
+
+
 def _given_id(row: object) -> str:
     given = row.get("id") if isinstance(row, dict) else None
     text = str(given) if isinstance(given, str | int) else ""

@@ -9,11 +9,10 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-import fsspec
 import numpy as np
 
 from fusion_ray.config import EvaluateConfig, WorkerResources
-from fusion_ray.corpus.readers import Rejected, read_conversations
+from fusion_ray.corpus.readers import Rejected, read_conversations, read_text
 from fusion_ray.judging.questions import Answer, Question, parse_jsonl, parse_questions
 from fusion_ray.judging.scores import item_score, summarise, turn_scores
 from fusion_ray.records import Conversation, Report
@@ -142,15 +141,6 @@ def _heldout(path: str) -> tuple[list[Conversation], int]:
             "evaluate: %d malformed rows of %s left out, the first: %s", len(refused), path, refused[0].reason
         )
     return kept, len(refused)
-
-
-def read_text(path: str, key: str) -> str:
-    """The text of a local file or URL. Raises ValueError naming the config key where it cannot be read."""
-    try:
-        with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
-            return str(file.read())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{key}: cannot read {path!r}: {error}") from error
 
 
 def _committed(out: Artifact, name: str) -> Unit:

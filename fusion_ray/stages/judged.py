@@ -10,10 +10,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
-import fsspec
 import numpy as np
 
 from fusion_ray.config import JudgeConfig
+from fusion_ray.corpus.readers import read_text
 from fusion_ray.judging.prompts import JudgePrompt, parse_prompts
 from fusion_ray.judging.questions import Answer, Judgement, Question, dump_jsonl, parse_jsonl, parse_questions
 from fusion_ray.judging.scores import summarise_ratings
@@ -56,9 +56,11 @@ def judge_answers(
             f"to any text where {config.url} asks for none"
         )
     questions = parse_questions(
-        _read(config.questions, "questions"), where=f"evaluate.judge.questions {config.questions}"
+        read_text(config.questions, "evaluate.judge.questions"), where=f"evaluate.judge.questions {config.questions}"
     )
-    prompts = parse_prompts(_read(config.prompts, "prompts"), where=f"evaluate.judge.prompts {config.prompts}")
+    prompts = parse_prompts(
+        read_text(config.prompts, "evaluate.judge.prompts"), where=f"evaluate.judge.prompts {config.prompts}"
+    )
     references = _references(questions, config)
 
     answer_unit = _answer(out, questions, name, endpoint, max_tokens, answer_concurrency, seed, report, retry)
@@ -149,7 +151,7 @@ def _references(questions: Sequence[Question], config: JudgeConfig) -> dict[int,
     if config.references is None:
         return own
     where = f"evaluate.judge.references {config.references}"
-    rows = parse_jsonl(_read(config.references, "references"), Answer, where=where)
+    rows = parse_jsonl(read_text(config.references, "evaluate.judge.references"), Answer, where=where)
     return own | {row.question_id: row.turns for row in rows}
 
 
@@ -191,11 +193,3 @@ RowT = TypeVar("RowT", Answer, Judgement)
 
 def _rows(out: Artifact, name: str, kind: type[RowT]) -> list[RowT]:
     return parse_jsonl(out.read_bytes(name).decode(), kind, where=f"{out.url}/{name}")
-
-
-def _read(path: str, key: str) -> str:
-    try:
-        with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
-            return str(file.read())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"evaluate.judge.{key}: cannot read {path!r}: {error}") from error
