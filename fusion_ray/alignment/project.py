@@ -5,7 +5,8 @@ source, Q of the result.
 
 Positions where both models predict from the edge of a token use the vocabulary map as it is. The others walk bytes:
 - A label that begins before its message ("Assistant:" + " Hello"): candidates must begin with the same bytes of the template (else tail), which
-  are replaced by those that the pivot's label begins with, and the result is looked up in the pivot's vocabulary.
+  are replaced by those that the pivot's label begins with, and the result is looked up in the pivot's vocabulary. Where both labels begin with the
+  same such bytes, both models predict from before them, and the map is used as it is.
 - `condition`, a pivot position inside a source token: candidates must begin with the bytes that the pivot has consumed already, and the rest of
   each is looked up. The mass is divided by all the mass that may begin so: the candidates (one that is exactly the consumed bytes says nothing of
   what follows, so its share goes to the tail), the label where it is outside the top-k, and of the source's tail the share of the other ids of its
@@ -132,6 +133,18 @@ def _begins_with(words: _Bytes, token: int, label: int, length: int) -> bool:
 
 
 @njit(cache=True)
+def _same_start(first: _Bytes, token: int, second: _Bytes, label: int, length: int) -> bool:
+    """Whether the pieces of `token` and `label`, of two vocabularies, begin with the same `length` bytes."""
+    at, like = first.offsets[token], second.offsets[label]
+    if first.offsets[token + 1] - at < length or second.offsets[label + 1] - like < length:
+        return False
+    for index in range(length):  # noqa: SIM110  # numba compiles the loop, not the generator
+        if first.blob[at + index] != second.blob[like + index]:
+            return False
+    return True
+
+
+@njit(cache=True)
 def _look_up(
     trie: Trie, first: _Bytes, label: int, lead: int, second: _Bytes, token: int, skip: int, cut: int, whole: bool
 ) -> np.int64:
@@ -178,7 +191,9 @@ def _project(  # type: ignore[no-untyped-def]  # compiled, see project
         skip = source.lead[j] + consumed
         lead = np.int64(pivot.lead[i])
         label_to_label = pivot.start[i] == pivot.end[i] or (strict[i] and (source.trail[j] > 0 or pivot.trail[i] > 0))
-        plain = skip == 0 and lead == 0
+        plain = (skip == 0 and lead == 0) or (
+            consumed == 0 and lead == skip and _same_start(words_p, np.int64(pivot.label[i]), words_s, label, skip)
+        )
         used = 0
         total = 0.0  # of the stored candidates
         fitting = 0.0  # of those that begin with the consumed bytes

@@ -80,12 +80,13 @@ def project(
                     target = pivot.roles[role]
         else:
             piece = source.pieces[token]
-            if not piece.startswith(consumed):
+            if not piece.startswith(consumed) and (kind == INSIDE or mine.lead != other.lead):
                 continue
             if token == other.label and other.trail:
                 piece = piece[: -len(other.trail)]
             fitting, fitting_ids = fitting + probability, fitting_ids + 1
-            target = mapped(mine.lead + piece[len(consumed) :], pivot, whole=whole)
+            rest = mine.lead + piece[len(consumed) :] if piece.startswith(consumed) else piece  # equal leads: one context
+            target = mapped(rest, pivot, whole=whole)
         if target >= 0:
             result[target] = result.get(target, 0.0) + probability
     if kind == INSIDE:
