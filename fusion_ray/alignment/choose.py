@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 from fusion_ray.alignment.positions import Bools, Positions
 
@@ -38,7 +39,7 @@ class CrossEntropy:
 def cross_entropy(mine: Positions, other: Positions, rows: int) -> CrossEntropy:
     """Of the true labels under the model of `mine`. A token counts where it ends no later than the other side's last token of that message,
     an end of turn where the other side has it too."""
-    shared = _covered(mine, other)
+    shared = _covered(mine.message_key, mine.start, mine.end, other.message_key, other.start, other.end)
     row = mine.row[shared]
     return CrossEntropy(
         np.bincount(row, -mine.label_logprob[shared].astype(np.float64), rows).astype(np.float64),
@@ -85,14 +86,23 @@ def source_wins_tokens(
     return wins
 
 
-def _covered(mine: Positions, other: Positions) -> Bools:
-    key, other_key = mine.message_key, other.message_key
-    last = np.searchsorted(other_key, key, side="right") - 1  # the other side's last position of the same message
-    there = last >= 0
-    there[there] = other_key[last[there]] == key[there]
-    covered = np.zeros(mine.count, np.bool_)
-    end, turn_ends = other.end[last[there]], other.turn_ends[last[there]]
-    covered[there] = np.where(mine.turn_ends[there], turn_ends & (end == mine.end[there]), mine.end[there] <= end)
+@njit(cache=True)
+def _covered(  # type: ignore[no-untyped-def]  # compiled, see cross_entropy
+    key, start, end, other_key, other_start, other_end
+):
+    """(N,) by one walk over both sides, which are sorted by message and byte."""
+    covered = np.zeros(key.size, np.bool_)
+    j = 0  # behind the other side's last position of the same message
+    for i in range(key.size):
+        while j < other_key.size and other_key[j] <= key[i]:
+            j += 1
+        if j == 0 or other_key[j - 1] != key[i]:
+            continue
+        last = other_end[j - 1]
+        if start[i] == end[i]:
+            covered[i] = other_start[j - 1] == last and last == end[i]
+        else:
+            covered[i] = end[i] <= last
     return covered
 
 

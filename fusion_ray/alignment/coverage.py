@@ -18,6 +18,7 @@ from fusion_ray.alignment.vocabulary import Vocabulary
 KINDS = ("strict", "comparable", "inside", "none")
 PAIRS_A_SHARD = 64
 PAIRS_SHOWN = 20
+BLOCK = 4096  # positions
 LISTS = ("kinds", "pairs")
 
 
@@ -81,7 +82,7 @@ def measure(aligned: Aligned, pivot: Side, source: Side, mapped: npt.NDArray[np.
         rows_won=int(aligned.source_won.sum()),
         kinds=np.bincount(aligned.kind, minlength=len(KINDS)).tolist(),
         projected=int(known.sum()),
-        mass=float(projection.mass[known].sum()),
+        mass=_mass(projection.topk_logprobs, known),
         top1_same=int((projection.topk_ids[known, 0] == best[known]).sum()),
         from_source=int((aligned.from_source & ~projection.one_hot).sum()),
         without_target=int((theirs & (~aligned.has_target | projection.one_hot)).sum()),
@@ -96,15 +97,42 @@ def _worst_pairs(
     pivot: Vocabulary,
     source: Vocabulary,
 ) -> list[list[float]]:
+    heavy = np.flatnonzero(moved > 0)
+    wanted = 4 * PAIRS_A_SHARD
+    while True:
+        # Only the heaviest are sorted, with all that tie with the last of them, so that the order is that of a stable sort of the whole.
+        floor = np.partition(moved[heavy], -wanted)[-wanted] if heavy.size > wanted else 0.0
+        chosen = heavy[moved[heavy] >= floor]
+        pairs = _changed_pairs(chosen[np.argsort(-moved[chosen], kind="stable")], moved, seen, mapped, pivot, source)
+        if len(pairs) == PAIRS_A_SHARD or chosen.size == heavy.size:
+            return pairs
+        wanted *= 8
+
+
+def _changed_pairs(
+    order: npt.NDArray[np.int64],
+    moved: npt.NDArray[np.float64],
+    seen: npt.NDArray[np.int64],
+    mapped: npt.NDArray[np.int32],
+    pivot: Vocabulary,
+    source: Vocabulary,
+) -> list[list[float]]:
     pairs: list[list[float]] = []
-    for number in np.argsort(-moved, kind="stable"):
-        if moved[number] <= 0 or len(pairs) == PAIRS_A_SHARD:
-            break
+    for number in order.tolist():
         target = int(mapped[number])
         same = target >= 0 and (source.is_special[number] or source.pieces[number] == pivot.pieces[target])
         if not same:
-            pairs.append([int(number), target, round(float(moved[number]), 6), int(seen[number])])
+            pairs.append([number, target, round(float(moved[number]), 6), int(seen[number])])
+        if len(pairs) == PAIRS_A_SHARD:
+            break
     return pairs
+
+
+def _mass(logprobs: npt.NDArray[np.float32], known: npt.NDArray[np.bool_]) -> float:
+    """Sum of the probabilities (N, K) at the positions `known`, a block at a time: in doubles the whole would not stay in the caches."""
+    blocks = range(0, known.size, BLOCK)
+    mass = [np.exp(logprobs[at : at + BLOCK].astype(np.float64)).sum(axis=-1)[known[at : at + BLOCK]] for at in blocks]
+    return float(np.concatenate([np.zeros(0), *mass]).sum())
 
 
 def _add_pairs(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> list[list[float]]:

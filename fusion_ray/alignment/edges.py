@@ -56,8 +56,10 @@ def settle(
     for index in np.flatnonzero(edges.unsure):
         low, high = np.searchsorted(other_key, [key[index], key[index] + 1])
         start, end = int(mine.start[index]), int(mine.end[index])
-        touching = [at for at in range(low, high) if other.start[at] < end and other.end[at] > start]
-        if not touching or other_edges.unsure[touching].any():
+        first = low + int(np.searchsorted(other.end[low:high], start, side="right"))
+        last = low + int(np.searchsorted(other.start[low:high], end))
+        touching = range(first, last)  # the other side's tokens with a byte of this one's
+        if not touching or other_edges.unsure[first:last].any():
             continue
         content = b"".join(_content_of(other, other_edges, other_vocabulary, at) for at in touching)
         wanted = content[max(0, start - int(other.start[touching[0]])) :][: end - start]

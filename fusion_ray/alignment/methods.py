@@ -90,8 +90,8 @@ def align_spans(
     return Aligned(
         kind=kind,
         source_index=index,
-        topk_ids=np.where(take, projection.topk_ids, mine.topk_ids).astype(np.int32),
-        topk_logprobs=np.where(take, projection.topk_logprobs, mine.topk_logprobs).astype(np.float32),
+        topk_ids=np.where(take, projection.topk_ids, mine.topk_ids).astype(np.int32, copy=False),
+        topk_logprobs=np.where(take, projection.topk_logprobs, mine.topk_logprobs).astype(np.float32, copy=False),
         has_target=~theirs | projection.known,
         from_source=theirs & projection.known,
         source_won=np.asarray(source_won, np.bool_),

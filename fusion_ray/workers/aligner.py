@@ -7,6 +7,7 @@ A row that cannot be aligned is named with its reason, never dropped in silence.
 import io
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -22,20 +23,28 @@ from fusion_ray.alignment.vocabulary import Vocabulary
 from fusion_ray.config import AlignConfig, ConfigError, ModelConfig
 from fusion_ray.corpus.readers import Rejected
 from fusion_ray.store import Artifact
-from fusion_ray.workers.align_rows import TeacherRows, encode_aligned, join_rows, teacher_rows
+from fusion_ray.workers.align_rows import TeacherRows, aligned_table, encode_aligned, join_rows, teacher_rows
 from fusion_ray.workers.align_setup import check_supported, load_vocabulary
 
 
 @dataclass(frozen=True)
 class AlignedShard:
-    """`data` are Parquet bytes of records.aligned_schema; `missing_*` count the rows that only the other side's shard has."""
+    """`table` is of records.aligned_schema; `missing_*` count the rows that only the other side's shard has."""
 
-    data: bytes
-    rows: int
+    table: pa.Table
     coverage: Coverage
     rejected: list[Rejected]
     missing_pivot: int
     missing_source: int
+
+    @property
+    def rows(self) -> int:
+        return int(self.table.num_rows)
+
+    @cached_property
+    def data(self) -> bytes:
+        """The table as Parquet bytes."""
+        return encode_aligned(self.table)
 
 
 class Aligner:
@@ -55,12 +64,14 @@ class Aligner:
 
     def align(self, pivot_rows: bytes, source_rows: bytes) -> AlignedShard:
         """Both are Parquet bytes of records.teacher_schema. Raises ValueError for those that no teach stage wrote."""
-        pivot_table, source_table = _table(pivot_rows), _table(source_rows)
+        return self.align_tables(_table(pivot_rows), _table(source_rows))
+
+    def align_tables(self, pivot_table: pa.Table, source_table: pa.Table) -> AlignedShard:
+        """The same of the tables themselves."""
         pivot, sides, rejected, both = self._read(pivot_table, source_table)
         aligned = self._run(sides, len(pivot.names))
         return AlignedShard(
-            encode_aligned(pivot, aligned),
-            len(pivot.names),
+            aligned_table(pivot, aligned),
             measure(aligned, *sides, self.mapped, len(pivot.names)),
             rejected,
             source_table.num_rows - both,
