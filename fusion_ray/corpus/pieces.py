@@ -5,6 +5,7 @@ space, `<0xXX>` is one byte). Added tokens stand for their own text.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 SPACE_MARKER = "▁"
+ENCODER = ("normalizer", "pre_tokenizer")
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,15 @@ def read_pieces(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = Non
         {number for number, entry in added.items() if entry["special"]},
         frozenset(number for number, entry in added.items() if entry["lstrip"]),
         frozenset(number for number, entry in added.items() if entry["rstrip"]),
-        any(_adds_prefix(part) for part in _parts(state)),
+        any(_adds_prefix(part) for part in _parts(state, ENCODER)),
         space_marker,
     )
 
 
-def _parts(state: dict) -> list[dict]:
-    """The normalizer, pre-tokenizer and decoder of a tokenizer.json, sequences flattened."""
+def _parts(state: dict, keys: Sequence[str] = (*ENCODER, "decoder")) -> list[dict]:
+    """These components of a tokenizer.json, sequences flattened."""
     found = []
-    waiting = [state[key] for key in ("normalizer", "pre_tokenizer", "decoder") if state.get(key)]
+    waiting = [state[key] for key in keys if state.get(key)]
     while waiting:
         part = waiting.pop(0)
         found.append(part)
@@ -95,7 +97,7 @@ def _replaces_marker(part: dict) -> bool:
 
 
 def _adds_prefix(part: dict) -> bool:
-    """True where a component of the encoder puts a space before a segment. A ByteLevel decoder has the same key and does nothing with it."""
+    """True where a component puts a space before a segment. Of the encoder: a ByteLevel decoder has the same key and does nothing with it."""
     if part["type"] == "Prepend":
         return True
     if part["type"] == "Metaspace":

@@ -48,12 +48,14 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None 
         if _BYTE_TOKEN.fullmatch(name) and len(pieces.pieces[number]) == 1
     }
     roles = {} if end is None else {END_OF_TURN: int(end)}
+    # Llama 2 puts its blank before a text that begins with one: " the" alone is written as " ", " the".
+    doubles = b"".join(pieces.of(tokenizer.encode(" a", add_special_tokens=False))) == b"  a"
     return Vocabulary(
         tuple(pieces.pieces),
         frozenset(pieces.special),
         roles,
         frozenset(fallback),
-        lambda text: _first_token(tokenizer, text),
+        lambda text: _first_token(tokenizer, text[1:] if doubles and text.startswith(b" ") else text),
     )
 
 

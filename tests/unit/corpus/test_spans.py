@@ -188,6 +188,7 @@ def test_pieces_of_both_families_and_of_padding() -> None:
     assert {bytes([value]) for value in range(256)} <= set(pieces.pieces)
     assert pieces.special == {0, 1, 2, 3, 4}
     assert pieces.pieces[4] == b"<|im_end|>"
+    assert (pieces.dummy_prefix, pieces.space_marker) == (False, False)
     other = TOKENIZERS["sentencepiece"]
     pieces = read_pieces(other)
     ids = other.backend_tokenizer.encode("é 漢", add_special_tokens=False).ids
