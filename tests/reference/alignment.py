@@ -56,25 +56,38 @@ def mapped(piece: bytes, pivot: Vocabulary, *, whole: bool) -> int:
 
 
 def project(
-    mine: Token, other: Token, kind: int, pivot: Vocabulary, source: Vocabulary, *, whole: bool, condition: bool
+    mine: Token,
+    others: Sequence[Token],
+    kind: int,
+    pivot: Vocabulary,
+    source: Vocabulary,
+    *,
+    whole: bool,
+    condition: bool,
+    chain: bool = False,
 ) -> dict[int, float]:
-    """Pivot id to probability; empty where nothing is projected."""
+    """Pivot id to probability; empty where nothing is projected. `others`: the matched source token and those behind it."""
     if kind == NONE or (kind == INSIDE and not condition):
         return {}
+    other = others[0]
     consumed_length = mine.start - other.start
     consumed = source.pieces[other.label][: len(other.lead) + consumed_length]
+    told_apart = chain and goes_on(mine, others)
+    reaches = (
+        mine.start == mine.end or (kind == STRICT and (mine.trail or other.trail)) or (chain and other.end >= mine.end)
+    )
     candidates = list(other.candidates)
     if kind == INSIDE and other.label not in [token for token, _ in candidates]:
         candidates.append((other.label, other.label_probability))
     result: dict[int, float] = {}
     fitting, fitting_ids = 0.0, 0
     for token, probability in candidates:
-        if token == other.label and (mine.start == mine.end or (kind == STRICT and (mine.trail or other.trail))):
-            target = pivot_label = mine.label
-            result[pivot_label] = result.get(pivot_label, 0.0) + probability
-            continue
-        if token in source.special:
-            target = -1
+        target = -1
+        fits = True
+        if token == other.label and (reaches or chain):
+            target = mine.label if reaches else -1
+        elif token in source.special:
+            fits = False
             for role, number in source.roles.items():
                 if number == token and role in pivot.roles and kind != INSIDE:
                     target = pivot.roles[role]
@@ -84,18 +97,60 @@ def project(
                 continue
             if token == other.label and other.trail:
                 piece = piece[: -len(other.trail)]
-            fitting, fitting_ids = fitting + probability, fitting_ids + 1
-            rest = mine.lead + piece[len(consumed) :] if piece.startswith(consumed) else piece  # equal leads: one context
+            rest = (
+                mine.lead + piece[len(consumed) :] if piece.startswith(consumed) else piece
+            )  # equal leads: one context
             target = mapped(rest, pivot, whole=whole)
+        if fits:
+            fitting, fitting_ids = fitting + probability, fitting_ids + 1
         if target >= 0:
             result[target] = result.get(target, 0.0) + probability
+    scale = 1.0
     if kind == INSIDE:
         spelled = [piece for number, piece in enumerate(source.pieces) if piece and number not in source.special]
-        others = sum(piece.startswith(consumed) for piece in spelled) - fitting_ids
+        alike = sum(piece.startswith(consumed) for piece in spelled) - fitting_ids
         tail = max(0.0, 1.0 - sum(probability for _, probability in candidates))
-        scale = fitting + tail * max(0, others) / max(1, len(spelled) - len(other.candidates))
+        scale = fitting + tail * max(0, alike) / max(1, len(spelled) - len(other.candidates))
         result = {token: probability / scale for token, probability in result.items()}
+    if told_apart:
+        told = source.pieces[other.label][len(consumed) :]
+        for token, probability in _told(mine, others[1:], mine.lead + told, pivot, source, whole=whole).items():
+            result[token] = result.get(token, 0.0) + probability * other.label_probability / scale
     return result
+
+
+def _told(
+    mine: Token, others: Sequence[Token], told: bytes, pivot: Vocabulary, source: Vocabulary, *, whole: bool
+) -> dict[int, float]:
+    """What the source says of the pivot's token after its bytes `told`, as pivot ids."""
+    other = others[0]
+    result: dict[int, float] = {}
+    known = dict(other.candidates) | {other.label: other.label_probability}
+    for token, probability in known.items():
+        if token == other.label and goes_on(mine, others):
+            deeper = _told(mine, others[1:], told + source.pieces[token], pivot, source, whole=whole)
+        elif token == other.label:
+            deeper = {mine.label: 1.0} if other.end >= mine.end else {}
+        elif token in source.special:
+            ends = any(number == token and role in pivot.roles for role, number in source.roles.items())
+            deeper = {mapped(told, pivot, whole=whole): 1.0} if ends else {}
+        else:
+            deeper = {mapped(told + source.pieces[token], pivot, whole=whole): 1.0}
+        for target, share in deeper.items():
+            if target >= 0:
+                result[target] = result.get(target, 0.0) + probability * share
+    return result
+
+
+def goes_on(mine: Token, others: Sequence[Token]) -> bool:
+    """The pivot's token reaches behind the source's, and the source's next token begins right there."""
+    this, following = others[0], others[1:2]
+    return (
+        this.start < this.end < mine.end
+        and bool(following)
+        and following[0].message == this.message
+        and following[0].start == this.end < following[0].end
+    )
 
 
 def bits_per_byte(nats: Sequence[float], count: int) -> float:
