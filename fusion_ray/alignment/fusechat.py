@@ -1,24 +1,65 @@
 """The papers' position rules: which source row teaches each pivot position, and that row moved into the pivot's vocabulary (paper.md 1.3).
 
-Called by `methods.py` and `workers/aligner.py`. Row i of a sequence is the distribution of the model that has read token i. Rules of the published code, by vocabulary map:
-`exact` (EM, hard), `min_edit` (MinED, soft, as FuseLLM means it: the published mode cannot run), `statistics` (MS, default).
+Called by `methods.py` and `workers/aligner.py`. Row i of a sequence is the distribution of the model that has read token i. Rules of the published
+code, by vocabulary map: `exact` (EM, hard), `min_edit` (MinED, soft, as FuseLLM means it: the published mode cannot run), `statistics` (MS, default).
 
 They are kept as they were published, faults and all: suffixes are compared where offsets were meant (Q7), the last part's row stands for the product
 of the parts' rows, duplicates of a pivot id are dropped. `spans` is the method without them.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fusion_ray.alignment.programme import Matches
+from fusion_ray.alignment.programme import Matches, join_matches, match_tokens
 from fusion_ray.alignment.token_strings import TokenStrings
 
 ONE_HOT = -1  # no source row: the pivot's next token with probability 1
 EMPTY = -2  # an empty row, which the published collator replaces with the pivot's own
 Ints = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """One side's rows as whole token sequences, and where its predicting positions are in them."""
+
+    tokens: npt.NDArray[np.int32]  # all rows' ids, one after another
+    offsets: npt.NDArray[np.int64]  # (R + 1,)
+    read: npt.NDArray[np.int64]  # (N,) the token that each position has read last
+    strings: TokenStrings
+
+
+def match_rows(pivot: Sequences, source: Sequences) -> Matches:
+    """The programme over every row: for each pivot token the source tokens, both numbered over all rows."""
+    parts = []
+    for row in range(pivot.offsets.size - 1):
+        mine = pivot.tokens[pivot.offsets[row] : pivot.offsets[row + 1]]
+        theirs = source.tokens[source.offsets[row] : source.offsets[row + 1]]
+        parts.append(match_tokens(theirs, mine, source.strings, pivot.strings))
+    return join_matches(parts, source.offsets[:-1])
+
+
+def choose_positions(
+    pivot: Sequences, source: Sequences, *, rules: str, mapped: npt.NDArray[np.int32]
+) -> npt.NDArray[np.int64]:
+    """(N,) for each of the pivot's positions the source's position whose row it takes, or ONE_HOT, also where the chosen token has no row, or EMPTY."""
+    chosen = choose_rows(
+        match_rows(pivot, source),
+        pivot.tokens,
+        source.tokens,
+        pivot=pivot.strings,
+        source=source.strings,
+        rules=rules,
+        mapped=mapped,
+    )[pivot.read]
+    position = np.full(source.tokens.size, ONE_HOT, np.int64)
+    position[source.read] = np.arange(source.read.size)
+    taken = chosen >= 0
+    chosen[taken] = position[chosen[taken]]
+    return chosen
 
 
 def choose_rows(

@@ -1,7 +1,7 @@
 """Vocabulary maps: what every source id becomes in the pivot's vocabulary (design.md section 6; paper.md 1.3 (b)). Called by `methods.py`.
 
-A map is an int32 array over source ids with a pivot id or -1 (the mass stays in the tail). MAPS is the choice of the config's `align.map`; maps that need
-statistics of a corpus take them as a further argument of their own when they come.
+A map is an int32 array over source ids with a pivot id or -1 (the mass stays in the tail). MAPS and COUNTED_MAPS are the choice of the config's
+`align.map`; the latter take what was counted over a corpus as a further argument. The papers' own maps over token strings are in `fusechat_maps.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,7 +9,11 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import numpy.typing as npt
 from numba import njit
+from rapidfuzz.distance import Levenshtein
+from rapidfuzz.process import cpdist
 
+from fusion_ray.alignment.counts import PairCounts
+from fusion_ray.alignment.nearest import nearest
 from fusion_ray.alignment.trie import Trie, child
 from fusion_ray.alignment.vocabulary import Vocabulary
 
@@ -51,10 +55,43 @@ def canonical_map(source: Vocabulary, pivot: Vocabulary) -> npt.NDArray[np.int32
     return mapped
 
 
+def min_edit_map(source: Vocabulary, pivot: Vocabulary) -> npt.NDArray[np.int32]:
+    """Source id -> the pivot id of the same bytes, else of the nearest by edit distance on bytes, of equally near ones the lowest (the papers' MinED)."""
+    mapped = exact_map(source, pivot)
+    if source.same_as(pivot):
+        return mapped
+    missing = np.flatnonzero((mapped == UNMAPPED) & ~source.is_special)
+    candidates = [b"" if number in pivot.special else piece for number, piece in enumerate(pivot.pieces)]
+    mapped[missing] = nearest([source.pieces[number] for number in missing.tolist()], candidates)
+    return mapped
+
+
+def statistics_map(source: Vocabulary, pivot: Vocabulary, counts: PairCounts) -> npt.NDArray[np.int32]:
+    """Source id -> the pivot id of the same bytes, else the one that it met most often, of equally frequent ones the nearest by edit distance, then
+    the lowest (the papers' MS as it was meant: there the frequent pairs lose, paper.md Q4). Ids never seen go to -1.
+    """
+    mapped = exact_map(source, pivot)
+    if source.same_as(pivot):
+        return mapped
+    mine, theirs = counts.source_ids, counts.pivot_ids
+    open_pairs = np.flatnonzero((mapped[mine] == UNMAPPED) & ~source.is_special[mine] & ~pivot.is_special[theirs])
+    mine, theirs, often = mine[open_pairs], theirs[open_pairs], counts.counts[open_pairs]
+    pieces = [source.pieces[number] for number in mine.tolist()], [pivot.pieces[number] for number in theirs.tolist()]
+    distance = cpdist(*pieces, scorer=Levenshtein.distance, dtype=np.int32) if open_pairs.size else often
+    order = np.lexsort((theirs, distance, -often, mine))
+    best = order[np.flatnonzero(np.diff(mine[order], prepend=-1))]
+    mapped[mine[best]] = theirs[best]
+    return mapped
+
+
 MAPS: Mapping[str, Callable[[Vocabulary, Vocabulary], npt.NDArray[np.int32]]] = {
     "exact": exact_map,
     "prefix": prefix_map,
     "canonical": canonical_map,
+    "min_edit": min_edit_map,
+}
+COUNTED_MAPS: Mapping[str, Callable[[Vocabulary, Vocabulary, PairCounts], npt.NDArray[np.int32]]] = {
+    "statistics": statistics_map,
 }
 
 

@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from fusion_ray.alignment.choose import Choice, CrossEntropy, cross_entropy, source_wins_rows, source_wins_tokens
 from fusion_ray.alignment.edges import Edges
+from fusion_ray.alignment.fusechat import ONE_HOT, Sequences, choose_positions, move_rows
 from fusion_ray.alignment.positions import Bools, Positions
 from fusion_ray.alignment.project import Duplicates, Inside, Projection, project
-from fusion_ray.alignment.spans import match_spans
+from fusion_ray.alignment.spans import COMPARABLE, match_spans
 from fusion_ray.alignment.vocabulary import Vocabulary
 
 Unit = Literal["byte", "token"]
@@ -28,6 +29,7 @@ class Side:
     positions: Positions
     edges: Edges
     vocabulary: Vocabulary
+    sequences: Sequences | None = None  # the method `fusechat` alone reads them
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,74 @@ def align_spans(
         duplicates=duplicates,
         top_k=mine.topk_ids.shape[1],
     )
+    return _chosen(pivot, source, rows, kind, index, projection, choose=choose, per=per, unit=unit)
+
+
+def align_fusechat(
+    pivot: Side,
+    source: Side,
+    rows: int,
+    *,
+    mapped: npt.NDArray[np.int32],
+    rules: str,
+    choose: Choice,
+    per: Per,
+    unit: Unit,
+) -> Aligned:
+    """The papers' method, to the letter (`fusechat.py`); both sides need their `sequences`, `mapped` is `fusechat_maps.row_map`'s for `rules`.
+
+    Every position of a row that the source wins has a target: a source row, the label alone, or for an empty row the pivot's own, as in the published
+    collator. With equal vocabularies rows are copied where both models have read the same bytes (`replace_model.py`). `kind` is what byte spans
+    say, so that coverage is comparable; `source_index` is the position whose row was taken.
+    """
+    mine, other = pivot.positions, source.positions
+    if pivot.sequences is None or source.sequences is None:
+        raise ValueError("the method `fusechat` aligns whole rows: give both sides their `sequences`")
+    index, kind = match_spans(mine.message_key, mine.start, mine.end, other.message_key, other.start, other.end)
+    if source.vocabulary.same_as(pivot.vocabulary):
+        taken = np.where(kind <= COMPARABLE, index, ONE_HOT).astype(np.int64)
+    else:
+        taken = choose_positions(pivot.sequences, source.sequences, rules=rules, mapped=mapped)
+    ids, logprobs, moved, seen = move_rows(
+        taken, other.topk_ids, other.topk_logprobs, mapped=mapped, width=mine.topk_ids.shape[1]
+    )
+    one_hot = taken == ONE_HOT
+    ids[one_hot, 0] = mine.label[one_hot]
+    logprobs[one_hot, 0] = 0.0
+    projection = Projection(ids, logprobs, np.isfinite(logprobs[:, 0]), one_hot, moved, seen)
+    index = np.maximum(taken, -1).astype(np.int32)
+    return _chosen(
+        pivot, source, rows, kind, index, projection, choose=choose, per=per, unit=unit, own_where_empty=True
+    )
+
+
+def _chosen(
+    pivot: Side,
+    source: Side,
+    rows: int,
+    kind: npt.NDArray[np.int8],
+    index: npt.NDArray[np.int32],
+    projection: Projection,
+    *,
+    choose: Choice,
+    per: Per,
+    unit: Unit,
+    own_where_empty: bool = False,
+) -> Aligned:
+    """What MinCE makes of a projection. `own_where_empty`: the pivot's own row stands where the source won and nothing was projected."""
+    mine, other = pivot.positions, source.positions
     ce_pivot, ce_source = cross_entropy(mine, other, rows), cross_entropy(other, mine, rows)
     if per == "sequence":
         source_won = source_wins_rows(ce_pivot, ce_source, choose=choose, unit=unit)
         theirs = source_won[mine.row]
     else:
-        theirs = source_wins_tokens(mine, other, index, projection.known, choose=choose, unit=unit) | np.full(
+        comparable = projection.known & (index >= 0)
+        theirs = source_wins_tokens(mine, other, index, comparable, choose=choose, unit=unit) | np.full(
             mine.count, choose == "source"
         )
         source_won = 2 * np.bincount(mine.row, theirs, rows) > np.bincount(mine.row, minlength=rows)
+    if own_where_empty:
+        theirs = theirs & projection.known
     take = theirs[:, None]
     return Aligned(
         kind=kind,
@@ -101,4 +162,4 @@ def align_spans(
     )
 
 
-METHODS: Mapping[str, Callable[..., Aligned]] = {"spans": align_spans}
+METHODS: Mapping[str, Callable[..., Aligned]] = {"spans": align_spans, "fusechat": align_fusechat}

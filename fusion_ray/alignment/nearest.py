@@ -1,8 +1,8 @@
 """The nearest string of a vocabulary by edit distance, for a whole vocabulary of strings in seconds (the map `min_edit`).
-Called by `min_edit.py` and `fusechat_maps.py`.
+Called by `maps.py` and `fusechat_maps.py`.
 
 Myers' bit-parallel distance (64 symbols a word) for the candidates that pass two lower bounds: the difference of lengths (candidates are
-visited nearest length first) and of the sets of symbols, hashed to 64 bits.
+visited nearest length first) and of the symbols they are made of, in a word of 64 bits.
 """
 
 from collections.abc import Sequence
@@ -86,10 +86,11 @@ def _nearest(symbols, starts, count, order, first_of_length, alphabet):  # type:
 
 @njit(cache=True)
 def _set_of(symbols, begin, end):  # type: ignore[no-untyped-def]  # compiled, see nearest
-    """A bit for each symbol that occurs; several symbols may share one."""
+    """32 classes of symbols with two bits each: the class occurs, it occurs again."""
     bits = np.uint64(0)
     for index in range(begin, end):
-        bits |= ONE << np.uint64((symbols[index] * 40503 >> 4) & 63)
+        bit = ONE << np.uint64(2 * (symbols[index] & 31))
+        bits |= bit << np.uint64(1 if bits & bit else 0)
     return bits
 
 
