@@ -1,0 +1,87 @@
+"""The benchmarks cannot rot: their modules load, their made-up teachers are sound and can be aligned. Nothing is timed here."""
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from fusion_ray.config import AlignConfig
+from fusion_ray.logprobs.codec import from_table
+from fusion_ray.workers.aligner import Aligner
+from fusion_ray.zoo.catalogue import CORPUS
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "jobs" / "benchmarks"
+TEXTS = ("48 clips, naß 👩‍🚀\n", "def add(first, second):\n    return first + second", "x")
+K = 10
+
+
+@pytest.fixture(autouse=True)
+def _beside_itself() -> Iterator[None]:
+    """Imports as they are when a benchmark is run by its path."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield
+
+
+@pytest.fixture
+def tables() -> ModuleType:
+    return importlib.import_module("speed.teacher_tables")
+
+
+def test_made_up_teachers_spell_the_text_and_align(tables: ModuleType) -> None:
+    models = tables.sentencepiece_model(), tables.tekken_model()
+    made = [tables.teacher_table(model, TEXTS, top_k=K) for model in models]
+    in_top_k = []
+    for model, table in zip(models, made, strict=True):
+        for row, text in zip(from_table(table), TEXTS, strict=True):
+            content = text.encode()
+            labels = row.ids[row.position + 1]
+            assert row.byte_start[0] == 0
+            assert row.byte_end[-1] == row.byte_start[-1] == len(content)
+            assert row.byte_start[1:].tolist() == row.byte_end[:-1].tolist()
+            for label, start, end in zip(labels[:-1].tolist(), row.byte_start, row.byte_end, strict=False):
+                assert model.vocabulary.pieces[label].endswith(content[start:end])
+            assert all(len(set(ids)) == K for ids in row.topk_ids.tolist())
+            assert (np.diff(row.topk_logprobs.astype(np.float32), axis=1) <= 0).all()
+            mass = np.exp(row.topk_logprobs.astype(np.float64)).sum(axis=1)
+            assert ((mass > 0.75) & (mass < 1.01)).all()
+            in_top_k += (row.topk_ids == labels[:, None]).any(axis=1).tolist()
+    assert 0.7 < np.mean(in_top_k) < 1
+    words = [model.vocabulary for model in models]
+    result = Aligner(*words, AlignConfig(map="prefix")).align_tables(*made)
+    assert (result.rows, result.rejected) == (len(TEXTS), [])
+    assert min(result.coverage.kinds[:2]) > 0
+
+
+def test_texts_are_of_the_length_that_is_asked_for(tables: ModuleType) -> None:
+    model = tables.sentencepiece_model()
+    for positions in (16, 300):
+        for text in tables.texts_of_length(tables.read_texts(CORPUS)[:20], model, positions=positions, rows=3):
+            assert abs(len(model.encode(text)) + 1 - positions) <= 3
+
+
+def test_the_line_names_goals_and_whether_they_hold() -> None:
+    line = importlib.import_module("speed.line")
+    metrics = {
+        "fast": line.metric(2e6, "positions/s", at_least=1e6),
+        "slow": line.metric(1.5, "ratio", at_most=1.3),
+        "shown": line.metric({"128": 1.0}, "s"),
+    }
+    found = json.loads(line.line("align", metrics, loads=(0.0, 1.0), packages=("numpy",)))
+    assert found["benchmark"] == "align"
+    assert found["metrics"]["fast"] == {"value": 2e6, "goal": ">= 1e+06", "unit": "positions/s", "holds": True}
+    assert found["metrics"]["slow"]["holds"] is False
+    assert found["metrics"]["shown"]["holds"] is None
+    assert found["machine"]["load_average"] == [0.0, 1.0]
+    assert found["versions"]["numpy"] == np.__version__
+
+
+def test_the_alignment_benchmark_loads() -> None:
+    module = importlib.import_module("align")
+    assert callable(module.main)
+    assert module.TOTAL % max(module.LENGTHS) == 0
