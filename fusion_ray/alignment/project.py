@@ -7,6 +7,10 @@ Positions where both models predict from the edge of a token use the vocabulary 
 - A label that begins before its message ("Assistant:" + " Hello"): candidates must begin with the same bytes of the template (else tail), which
   are replaced by those that the pivot's label begins with, and the result is looked up in the pivot's vocabulary. Where both labels begin with the
   same such bytes, both models predict from before them, and the map is used as it is.
+- `chain`: what the source wrote itself is told by the chain rule. Its label counts as the pivot's label where it reaches as far, whatever the map says.
+  Where it ends earlier, its probability is told apart by the source's next positions: their candidates, behind the bytes told so far, are looked up in
+  the pivot's vocabulary, until a label reaches the end of the pivot's token, which gets the product. No position behind the pivot's token is looked at.
+  Without `chain` (the papers) the label goes where the map says: a pivot token that the source writes as several loses its mass to a shorter one.
 - `condition`, a pivot position inside a source token: candidates must begin with the bytes that the pivot has consumed already, and the rest of
   each is looked up. The mass is divided by all the mass that may begin so: the candidates (one that is exactly the consumed bytes says nothing of
   what follows, so its share goes to the tail), the label where it is outside the top-k, and of the source's tail the share of the other ids of its
@@ -61,6 +65,7 @@ def project(
     vocabulary_source: Vocabulary,
     mapped: npt.NDArray[np.int32],
     whole_tokens: bool,
+    chain: bool = False,
     inside: Inside = "skip",
     duplicates: Duplicates = "sum",
     top_k: int | None = None,
@@ -81,8 +86,24 @@ def project(
         np.flatnonzero(wanted),
         source_index,
         kind == STRICT,
-        _Side(pivot.start, pivot.end, pivot.label, pivot.label_logprob, edges_pivot.lead, edges_pivot.trail),
-        _Side(source.start, source.end, source.label, source.label_logprob, edges_source.lead, edges_source.trail),
+        _Side(
+            pivot.start,
+            pivot.end,
+            pivot.message_key,
+            pivot.label,
+            pivot.label_logprob,
+            edges_pivot.lead,
+            edges_pivot.trail,
+        ),
+        _Side(
+            source.start,
+            source.end,
+            source.message_key,
+            source.label,
+            source.label_logprob,
+            edges_source.lead,
+            edges_source.trail,
+        ),
         source.topk_ids,
         source.topk_logprobs,
         mapped,
@@ -91,6 +112,7 @@ def project(
         vocabulary_pivot.trie,
         vocabulary_source.trie,
         whole_tokens,
+        chain,
         duplicates == "sum",
         ids,
         logprobs,
@@ -108,6 +130,7 @@ def project(
 class _Side(NamedTuple):
     start: npt.NDArray[np.int32]
     end: npt.NDArray[np.int32]
+    message: npt.NDArray[np.int64]
     label: npt.NDArray[np.int32]
     label_logprob: npt.NDArray[np.float32]
     lead: npt.NDArray[np.int32]
@@ -176,78 +199,147 @@ def _ids_beginning(trie: Trie, words: _Bytes, label: int, length: int) -> np.int
 
 
 @njit(cache=True)
-def _project(  # type: ignore[no-untyped-def]  # compiled, see project
-    wanted, source_index, strict, pivot, source, topk_ids, topk_logprobs, mapped, words_p, words_s, trie_p, trie_s,
-    whole, add, out_ids, out_logprobs, moved, seen,
-):  # fmt: skip
-    K, Q = topk_ids.shape[1], out_ids.shape[1]
-    ids = np.empty(K + 1, np.int64)
-    mass = np.empty(K + 1, np.float64)
+def _put(
+    ids: npt.NDArray[np.int64], mass: npt.NDArray[np.float64], used: int, target: int, value: float, add: bool
+) -> int:
+    """Give `value` to the id `target` among the `used` slots; how many are used then."""
+    slot = 0
+    while slot < used and ids[slot] != target:
+        slot += 1
+    if slot == used:
+        ids[slot], mass[slot] = target, value
+        return used + 1
+    if add:
+        mass[slot] += value
+    return used
+
+
+@njit(cache=True)
+def _descending(ids: npt.NDArray[np.int64], mass: npt.NDArray[np.float64], used: int) -> None:
+    """Insertion sort in place by mass, stable."""
+    for slot in range(1, used):
+        token, value = ids[slot], mass[slot]
+        place = slot
+        while place > 0 and mass[place - 1] < value:
+            ids[place], mass[place] = ids[place - 1], mass[place - 1]
+            place -= 1
+        ids[place], mass[place] = token, value
+
+
+@njit(cache=True)
+def _most_pieces(wanted, source_index, pivot, source):  # type: ignore[no-untyped-def]  # compiled, see project
+    """The largest number of source tokens that begin within one pivot token, the matched one included."""
+    most = np.int64(1)
     for number in range(wanted.size):
         i = wanted[number]
         j = np.int64(source_index[i])
-        label = np.int64(source.label[j])
-        consumed = np.int64(pivot.start[i] - source.start[j])
-        skip = source.lead[j] + consumed
-        lead = np.int64(pivot.lead[i])
+        count = np.int64(1)
+        while _goes_on(pivot, source, i, j):
+            j += 1
+            count += 1
+        most = max(most, count)
+    return most
+
+
+@njit(cache=True)
+def _goes_on(pivot, source, i, j):  # type: ignore[no-untyped-def]  # compiled, see project
+    """Whether the pivot's token i goes on behind the source's token j, and the source's next token begins right there."""
+    return (
+        source.end[j] < pivot.end[i]
+        and source.start[j] < source.end[j]
+        and j + 1 < source.start.size
+        and source.message[j + 1] == source.message[j]
+        and source.start[j + 1] == source.end[j]
+        and source.end[j + 1] > source.start[j + 1]
+    )
+
+
+@njit(cache=True)
+def _project(  # type: ignore[no-untyped-def]  # compiled, see project
+    wanted, source_index, strict, pivot, source, topk_ids, topk_logprobs, mapped, words_p, words_s, trie_p, trie_s,
+    whole, chain, add, out_ids, out_logprobs, moved, seen,
+):  # fmt: skip
+    K, Q = topk_ids.shape[1], out_ids.shape[1]
+    room = (K + 1) * (_most_pieces(wanted, source_index, pivot, source) if chain else 1)
+    ids = np.empty(room, np.int64)
+    mass = np.empty(room, np.float64)
+    for number in range(wanted.size):
+        i = wanted[number]
+        j = np.int64(source_index[i])
+        mine = np.int64(pivot.label[i])
         label_to_label = pivot.start[i] == pivot.end[i] or (strict[i] and (source.trail[j] > 0 or pivot.trail[i] > 0))
-        plain = (skip == 0 and lead == 0) or (
-            consumed == 0 and lead == skip and _same_start(words_p, np.int64(pivot.label[i]), words_s, label, skip)
-        )
+        consumed = np.int64(pivot.start[i] - source.start[j])  # bytes of the source's token that the pivot has read
+        told = np.int64(0)  # bytes of the pivot's token that the source's tokens before j spell
+        share = 1.0  # their probability
         used = 0
-        total = 0.0  # of the stored candidates
-        fitting = 0.0  # of those that begin with the consumed bytes
-        fitting_ids = 0
-        label_seen = False
-        for k in range(K + 1):
-            if k < K:
-                token = np.int64(topk_ids[j, k])
-                mass_here = np.exp(min(0.0, np.float64(topk_logprobs[j, k])))
-                label_seen |= token == label and mass_here > 0.0
-            elif consumed > 0 and not label_seen:
-                token, mass_here = label, np.exp(min(0.0, np.float64(source.label_logprob[j])))
-            else:
+        while True:
+            label = np.int64(source.label[j])
+            skip = source.lead[j] + consumed
+            lead = np.int64(pivot.lead[i]) + told
+            goes_on = chain and _goes_on(pivot, source, i, j)
+            known = label_to_label or (chain and source.end[j] >= pivot.end[i])  # the label is the pivot's own
+            cut_off = chain and not known and not goes_on  # the source says no more of the pivot's token
+            plain = told == 0 and (
+                (skip == 0 and lead == 0)
+                or (consumed == 0 and lead == skip and _same_start(words_p, mine, words_s, label, skip))
+            )
+            total = 0.0  # of the stored candidates
+            fitting = 0.0  # of those that begin with the consumed bytes
+            fitting_ids = 0
+            of_label = np.exp(min(0.0, np.float64(source.label_logprob[j])))
+            label_seen = False
+            for k in range(K + 1):
+                if k < K:
+                    token = np.int64(topk_ids[j, k])
+                    mass_here = np.exp(min(0.0, np.float64(topk_logprobs[j, k])))
+                    label_seen |= token == label and mass_here > 0.0
+                elif (consumed > 0 or told > 0) and not label_seen:
+                    token, mass_here = label, of_label
+                else:
+                    break
+                if mass_here == 0.0:
+                    continue
+                total += mass_here
+                cut = np.int64(source.trail[j]) if token == label else np.int64(0)
+                if token == label and goes_on:
+                    fitting += mass_here
+                    fitting_ids += 1
+                    continue  # its mass is told apart by the source's next position
+                if token == label and (known or cut_off):
+                    target = mine if known else np.int64(-1)
+                    fitting += mass_here
+                    fitting_ids += 1
+                elif plain and cut == 0:
+                    target = np.int64(mapped[token])
+                    moved[token] += mass_here
+                    seen[token] += 1
+                elif words_s.special[token]:
+                    if told > 0 and mapped[token] >= 0:  # the turn ends behind what was told
+                        target = _look_up(trie_p, words_p, mine, lead, words_s, label, 0, 1 << 30, whole)
+                    else:
+                        target = np.int64(mapped[token]) if consumed == 0 and told == 0 else np.int64(-1)
+                elif not _begins_with(words_s, token, label, skip):
+                    target = np.int64(-1)
+                else:
+                    fitting += mass_here
+                    fitting_ids += 1
+                    target = _look_up(trie_p, words_p, mine, lead, words_s, token, skip, cut, whole)
+                if target >= 0:
+                    used = _put(ids, mass, used, target, share * mass_here, add)
+            if consumed > 0:
+                others = _ids_beginning(trie_s, words_s, label, skip) - fitting_ids
+                outside = max(1, trie_s.below[0] - K)
+                scale = fitting + max(0.0, 1.0 - total) * max(0, others) / outside
+                share = 1.0 / scale if scale > 0.0 else 0.0
+                for slot in range(used):
+                    mass[slot] *= share
+            if not goes_on:
                 break
-            if mass_here == 0.0:
-                continue
-            total += mass_here
-            cut = np.int64(source.trail[j]) if token == label else np.int64(0)
-            if token == label and label_to_label:
-                target = np.int64(pivot.label[i])
-            elif plain and cut == 0:
-                target = np.int64(mapped[token])
-                moved[token] += mass_here
-                seen[token] += 1
-            elif words_s.special[token]:
-                target = np.int64(mapped[token]) if consumed == 0 else np.int64(-1)
-            elif not _begins_with(words_s, token, label, skip):
-                target = np.int64(-1)
-            else:
-                fitting += mass_here
-                fitting_ids += 1
-                target = _look_up(trie_p, words_p, np.int64(pivot.label[i]), lead, words_s, token, skip, cut, whole)
-            if target < 0:
-                continue
-            slot = 0
-            while slot < used and ids[slot] != target:
-                slot += 1
-            if slot == used:
-                ids[slot], mass[slot] = target, mass_here
-                used += 1
-            elif add:
-                mass[slot] += mass_here
-        scale = 1.0
-        if consumed > 0:
-            others = _ids_beginning(trie_s, words_s, label, skip) - fitting_ids
-            outside = max(1, trie_s.below[0] - K)
-            scale = fitting + max(0.0, 1.0 - total) * max(0, others) / outside
-        for slot in range(1, used):  # insertion sort: descending, stable
-            token, mass_here = ids[slot], mass[slot]
-            place = slot
-            while place > 0 and mass[place - 1] < mass_here:
-                ids[place], mass[place] = ids[place - 1], mass[place - 1]
-                place -= 1
-            ids[place], mass[place] = token, mass_here
+            share *= of_label
+            told += source.end[j] - source.start[j] - consumed
+            consumed = np.int64(0)
+            j += 1
+        _descending(ids, mass, used)
         for slot in range(min(used, Q)):
             out_ids[i, slot] = ids[slot]
-            out_logprobs[i, slot] = min(0.0, np.log(mass[slot] / scale))
+            out_logprobs[i, slot] = min(0.0, np.log(mass[slot]))

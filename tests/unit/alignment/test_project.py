@@ -39,6 +39,7 @@ def run(
     vocabulary_map: str = "prefix",
     inside: Inside = "skip",
     duplicates: Duplicates = "sum",
+    chain: bool = False,
     top_k: int | None = None,
 ) -> tuple[np.ndarray, Projection]:
     ours, theirs = find_edges(pivot, pivot_words), find_edges(source, source_words)
@@ -57,6 +58,7 @@ def run(
         vocabulary_source=source_words,
         mapped=MAPS[vocabulary_map](source_words, pivot_words),
         whole_tokens=vocabulary_map == "exact",
+        chain=chain,
         inside=inside,
         duplicates=duplicates,
         top_k=top_k,
@@ -127,9 +129,12 @@ def pair(draw: st.DrawFn) -> tuple[Vocabulary, Vocabulary, list[Token], list[Tok
 
 
 @settings(deadline=None, max_examples=60)  # the first example compiles
-@given(pair(), st.sampled_from(["exact", "prefix"]), st.booleans())
+@given(pair(), st.sampled_from(["exact", "prefix"]), st.booleans(), st.booleans())
 def test_equals_the_slow_oracle(
-    case: tuple[Vocabulary, Vocabulary, list[Token], list[Token], int], vocabulary_map: str, condition: bool
+    case: tuple[Vocabulary, Vocabulary, list[Token], list[Token], int],
+    vocabulary_map: str,
+    condition: bool,
+    chain: bool,
 ) -> None:
     ours, theirs, pivot, source, top_k = case
     _, projection = run(
@@ -139,11 +144,19 @@ def test_equals_the_slow_oracle(
         theirs,
         vocabulary_map=vocabulary_map,
         inside="condition" if condition else "skip",
-        top_k=top_k + 1,
+        chain=chain,
+        top_k=9 * (top_k + 1),  # room for all that the source's tokens within one of the pivot's say
     )
     for at, (index, kind) in enumerate(slow.match(pivot, source)):
         expected = slow.project(
-            pivot[at], source[index], kind, ours, theirs, whole=vocabulary_map == "exact", condition=condition
+            pivot[at],
+            source[index:],
+            kind,
+            ours,
+            theirs,
+            whole=vocabulary_map == "exact",
+            condition=condition,
+            chain=chain,
         )
         if (
             kind != slow.NONE
@@ -159,13 +172,14 @@ def test_equals_the_slow_oracle(
 
 
 @settings(deadline=None, max_examples=60)  # the first example compiles
-@given(pair(), st.sampled_from(["exact", "prefix"]), st.sampled_from(["skip", "condition"]))
+@given(pair(), st.sampled_from(["exact", "prefix"]), st.sampled_from(["skip", "condition"]), st.booleans())
 def test_mass_is_moved_and_never_made(
-    case: tuple[Vocabulary, Vocabulary, list[Token], list[Token], int], vocabulary_map: str, inside: Inside
+    case: tuple[Vocabulary, Vocabulary, list[Token], list[Token], int], vocabulary_map: str, inside: Inside, chain: bool
 ) -> None:
     ours, theirs, pivot, source, top_k = case
     kind, projection = run(
-        positions_of([pivot], top_k), positions_of([source], top_k), ours, theirs, vocabulary_map=vocabulary_map, inside=inside
+        positions_of([pivot], top_k), positions_of([source], top_k), ours, theirs, vocabulary_map=vocabulary_map, inside=inside,
+        chain=chain, top_k=9 * (top_k + 1),
     )  # fmt: skip
     assert (projection.mass <= 1 + 1e-5).all()
     finite = np.where(np.isfinite(projection.topk_logprobs), projection.topk_logprobs, -1e9)
@@ -174,6 +188,10 @@ def test_mass_is_moved_and_never_made(
         if kind[at] not in (STRICT, COMPARABLE) or pivot[at].lead or source[index].lead:
             continue
         given_mass = sum(probability for _, probability in source[index].candidates)
+        if chain and slow.goes_on(pivot[at], source[index:]):
+            outside = source[index].label not in dict(source[index].candidates)
+            assert projection.mass[at] <= (given_mass + outside * source[index].label_probability) * (1 + 1e-5)
+            continue
         lost = sum(
             probability
             for token, probability in source[index].candidates
@@ -361,3 +379,33 @@ def test_of_equal_pieces_byte_fallback_comes_last() -> None:
 def test_an_id_outside_the_vocabulary_is_named() -> None:
     with pytest.raises(ValueError, match="special id 5 is outside a vocabulary of 1 ids"):
         Vocabulary((b"a",), frozenset({5}))
+
+
+def test_a_pivot_token_that_the_source_writes_as_two_gets_the_product() -> None:
+    """The source writes "a", "b" where the pivot writes "ab": the map alone gives the source's mass to the pivot's "a"."""
+    ours, theirs = vocabulary(b"ab", b"aba"), vocabulary(b"ba")
+    a, b, ba, ab, aba = ord("a"), ord("b"), 258, 258, 259
+    pivot = [one(0, 2, ab), one(2, 2, END)]
+    source = [
+        Token(1, 0, 1, a, ((a, 0.6), (b, 0.3)), 0.6),
+        Token(1, 1, 2, b, ((ba, 0.5), (b, 0.25), (END, 0.125)), 0.25),
+        Token(1, 2, 2, END, ((END, 0.9),), 0.9),
+    ]
+    positions = positions_of([pivot], 3), positions_of([source], 3)
+    _, by_map = run(*positions, ours, theirs)
+    assert distribution(by_map, 0) == pytest.approx({a: 0.6, b: 0.3})
+    _, by_chain = run(*positions, ours, theirs, chain=True, top_k=4)
+    assert distribution(by_chain, 0) == pytest.approx({ab: 0.15, b: 0.3, aba: 0.3, a: 0.075})
+    assert distribution(by_chain, 1) == pytest.approx({END: 0.9})
+
+
+def test_no_position_behind_the_pivots_token_is_looked_at() -> None:
+    ours, theirs = vocabulary(b"ab"), vocabulary(b"ba")
+    a, b, ab = ord("a"), ord("b"), 258
+    pivot = positions_of([[one(0, 2, ab), one(2, 3, a), one(3, 3, END)]], 2)
+    source = [one(0, 1, a, {a: 0.5, b: 0.2}), one(1, 2, b, {b: 0.5, a: 0.2}), one(2, 3, a, {a: 0.9}), one(3, 3, END)]
+    first = run(pivot, positions_of([source], 2), ours, theirs, chain=True)[1]
+    source[2] = one(2, 3, a, {b: 0.9, a: 0.05})
+    second = run(pivot, positions_of([source], 2), ours, theirs, chain=True)[1]
+    assert distribution(first, 0) == distribution(second, 0)
+    assert distribution(first, 1) != distribution(second, 1)
