@@ -69,6 +69,9 @@ class TeachConfig(Section):
 class AlignConfig(Section):
     method: Literal["spans", "fusechat"] = "spans"
     map: Literal["exact", "prefix", "canonical", "min_edit", "statistics"] = "canonical"
+    chain: bool = Field(
+        True, description="spans: tell the source's own text by the chain rule over its tokens; off: by the map alone"
+    )
     inside: Literal["skip", "label", "condition"] = "skip"
     duplicates: Literal["sum", "first"] = "sum"
     choose: Literal["min_ce", "source", "pivot"] = "min_ce"

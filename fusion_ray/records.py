@@ -17,7 +17,7 @@ Report = Callable[[Mapping[str, object]], None]
 
 CORPUS_FORMAT = 1
 TEACH_FORMAT = 1
-ALIGN_FORMAT = 1
+ALIGN_FORMAT = 2
 MODEL_FORMAT = 1
 EVALUATE_FORMAT = 1
 

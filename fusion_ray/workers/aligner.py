@@ -4,7 +4,6 @@ Called by `stages/align.py` and, without Ray, by the command line and tests. The
 A row that cannot be aligned is named with its reason, never dropped in silence.
 """
 
-import io
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -99,6 +98,7 @@ class Aligner:
             rows,
             mapped=self.mapped,
             whole_tokens=config.map == "exact",
+            chain=config.chain,
             inside=config.inside,
             duplicates=config.duplicates,
             choose=config.choose,
@@ -157,7 +157,7 @@ def explained_row(
         if not unit.name.startswith("shard-") or unit.name not in theirs:
             continue
         data = pivot_rows.read_bytes(unit.name)
-        if row not in pq.read_table(io.BytesIO(data), columns=["id"], use_threads=False)["id"].to_pylist():
+        if row not in pq.read_table(pa.BufferReader(data), columns=["id"], use_threads=False)["id"].to_pylist():
             continue
         found = aligner.examples(data, source_rows.read_bytes(unit.name), {row}, 1)
         if found:
@@ -167,7 +167,7 @@ def explained_row(
 
 
 def _table(data: bytes) -> pa.Table:
-    return pq.read_table(io.BytesIO(data), use_threads=False)
+    return pq.read_table(pa.BufferReader(data), use_threads=False)
 
 
 def _disagreements(pivot: TeacherRows, source: TeacherRows, sides: tuple[Side, Side]) -> dict[int, str]:
