@@ -73,10 +73,26 @@ class AlignConfig(Section):
         True, description="spans: tell the source's own text by the chain rule over its tokens; off: by the map alone"
     )
     inside: Literal["skip", "label", "condition"] = "skip"
-    duplicates: Literal["sum", "first"] = "sum"
+    duplicates: Literal["sum", "first"] = Field(
+        "sum", description="source ids that meet on one pivot id; method fusechat keeps the first, as published"
+    )
     choose: Literal["min_ce", "source", "pivot"] = "min_ce"
     per: Literal["sequence", "token"] = "sequence"
     unit: Literal["byte", "token"] = "byte"
+
+    @property
+    def problem(self) -> str | None:
+        """Why these settings cannot run together. Told by `workers/align_setup.check_supported` and `plan`."""
+        if self.method == "spans":
+            return None
+        if self.map not in ("exact", "min_edit", "statistics"):
+            return (
+                f"align.map is {self.map!r}, a map over bytes, which align.method: {self.method} does not take; "
+                "set align.map to exact (the papers' EM), min_edit (MinED) or statistics (MS)"
+            )
+        if self.inside != "skip":
+            return f"align.inside is {self.inside!r}, which align.method: {self.method} does not take (it knows no byte spans); leave it out"
+        return None
 
 
 class DistillConfig(Section):

@@ -152,6 +152,8 @@ def problems(config: FusionConfig, graph: Graph, sizes: dict[str, ModelSize | No
         limit = config.teach.engine["max_logprobs"]
         if isinstance(limit, int) and limit < config.teach.top_k:
             yield f"teach.engine.max_logprobs {limit} is below teach.top_k {config.teach.top_k}: leave it out or raise it"
+    if config.align.problem:
+        yield config.align.problem
     for model in (config.pivot, *config.sources):
         yield from _model_problems(model, sizes[model.name])
     if config.distill.batch_size < config.resources.distill.max_workers:

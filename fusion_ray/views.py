@@ -10,6 +10,7 @@ from fusion_ray.models import local_folder
 from fusion_ray.pipeline import model_folder
 from fusion_ray.stages.cluster import connected
 from fusion_ray.stages.serve import serve_forever
+from fusion_ray.workers.align_counts import read_counts
 from fusion_ray.workers.aligner import explained_row
 from fusion_ray.workers.api_key import missing_key, read_key
 
@@ -19,7 +20,8 @@ def explain_row(config: FusionConfig, source: str, row: str) -> str:
     graph = build_graph(config)
     model = next(model for model in config.sources if model.name == source)
     rows = (graph.teach[config.pivot.name].artifact, graph.teach[source].artifact)
-    return explain(explained_row(*rows, pivot=config.pivot, source=model, config=config.align, row=row))
+    counts = read_counts(graph.align[source].artifact, config.align)
+    return explain(explained_row(*rows, pivot=config.pivot, source=model, config=config.align, row=row, counts=counts))
 
 
 def serve_model(target: str, overrides: Sequence[str], *, insecure: bool, say: Callable[[str], None]) -> None:

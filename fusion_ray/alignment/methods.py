@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fusion_ray.alignment.choose import Choice, CrossEntropy, cross_entropy, source_wins_rows, source_wins_tokens
 from fusion_ray.alignment.edges import Edges
-from fusion_ray.alignment.fusechat import ONE_HOT, Sequences, choose_positions, move_rows
+from fusion_ray.alignment.fusechat import ONE_HOT, Sequences, choose_positions, match_rows, met_pairs, move_rows
 from fusion_ray.alignment.positions import Bools, Positions
 from fusion_ray.alignment.project import Duplicates, Inside, Projection, project
 from fusion_ray.alignment.spans import COMPARABLE, match_spans
@@ -20,6 +20,8 @@ from fusion_ray.alignment.vocabulary import Vocabulary
 
 Unit = Literal["byte", "token"]
 Per = Literal["sequence", "token"]
+Ints = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+NO_SEQUENCES = "the method `fusechat` aligns whole rows: give both sides their `sequences`"
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def align_fusechat(
     """
     mine, other = pivot.positions, source.positions
     if pivot.sequences is None or source.sequences is None:
-        raise ValueError("the method `fusechat` aligns whole rows: give both sides their `sequences`")
+        raise ValueError(NO_SEQUENCES)
     index, kind = match_spans(mine.message_key, mine.start, mine.end, other.message_key, other.start, other.end)
     if source.vocabulary.same_as(pivot.vocabulary):
         taken = np.where(kind <= COMPARABLE, index, ONE_HOT).astype(np.int64)
@@ -164,4 +166,22 @@ def _chosen(
     )
 
 
+def label_pairs(pivot: Side, source: Side) -> tuple[Ints, Ints]:
+    """Source and pivot ids to count for `spans`: the labels of positions that have read the same bytes; ends of turns meet by role, not by counting."""
+    mine, other = pivot.positions, source.positions
+    index, kind = match_spans(mine.message_key, mine.start, mine.end, other.message_key, other.start, other.end)
+    met = (kind <= COMPARABLE) & ~mine.turn_ends
+    return other.label[index[met]], mine.label[met]
+
+
+def token_pairs(pivot: Side, source: Side) -> tuple[Ints, Ints]:
+    """The same for `fusechat`: the tokens that the programme matches, over whole rows."""
+    if pivot.sequences is None or source.sequences is None:
+        raise ValueError(NO_SEQUENCES)
+    mine, other = pivot.sequences, source.sequences
+    return met_pairs(match_rows(mine, other), mine.tokens, other.tokens)
+
+
 METHODS: Mapping[str, Callable[..., Aligned]] = {"spans": align_spans, "fusechat": align_fusechat}
+# What `map: statistics` counts.
+PAIRS: Mapping[str, Callable[[Side, Side], tuple[Ints, Ints]]] = {"spans": label_pairs, "fusechat": token_pairs}

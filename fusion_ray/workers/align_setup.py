@@ -1,12 +1,19 @@
-"""The vocabularies of two models, which an alignment needs before its first row. Called by `workers/aligner.py` and `stages/align.py`."""
+"""The vocabularies of two models and the map between them, which an alignment needs before its first row.
+
+Called by `workers/aligner.py` and `stages/align.py`.
+"""
 
 import re
 from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from fusion_ray.alignment.maps import MAPS
-from fusion_ray.alignment.methods import METHODS
+from fusion_ray.alignment.counts import PairCounts
+from fusion_ray.alignment.fusechat_maps import row_map
+from fusion_ray.alignment.maps import COUNTED_MAPS, MAPS
+from fusion_ray.alignment.token_strings import UNKNOWN, TokenStrings
 from fusion_ray.alignment.vocabulary import END_OF_TURN, Vocabulary
 from fusion_ray.config import AlignConfig, ConfigError, ModelConfig
 from fusion_ray.corpus.pieces import read_pieces
@@ -17,12 +24,37 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 def check_supported(config: AlignConfig) -> None:
-    """Raises ConfigError for a method or a map that cannot run."""
-    for key, value, known in (("method", config.method, METHODS), ("map", config.map, MAPS)):
-        if value not in known:
-            raise ConfigError(
-                f"align.{key} is {value!r}, which is not there yet; set align.{key} to {' or '.join(known)}"
-            )
+    """Raises ConfigError for settings that cannot run together."""
+    if config.problem:
+        raise ConfigError(config.problem)
+
+
+def vocabulary_map(
+    config: AlignConfig,
+    pivot: Vocabulary,
+    source: Vocabulary,
+    strings: tuple[TokenStrings, TokenStrings] | None,
+    counts: PairCounts | None,
+) -> npt.NDArray[np.int32]:
+    """(V of the source,) the map that `config` asks for. `strings` (pivot's, source's) are for the method `fusechat`, `counts` for `statistics`.
+
+    Equal vocabularies map to themselves. The published maps are extended by the end of turn, which goes to the pivot's whatever its string.
+    """
+    if source.same_as(pivot):
+        return MAPS["exact"](source, pivot)
+    if config.map == "statistics" and counts is None:
+        raise ValueError("map `statistics` needs the counts of the corpus: count every shard first, and give their sum")
+    if config.method == "fusechat":
+        if strings is None:
+            raise ValueError("method `fusechat` compares token strings: give those of both tokenizers")
+        mapped = row_map(config.map, strings[1], strings[0], counts)
+        for role, number in source.roles.items():
+            if number in source.special and role in pivot.roles:
+                mapped[number] = pivot.roles[role]
+        return mapped
+    if config.map in COUNTED_MAPS:
+        return COUNTED_MAPS[config.map](source, pivot, counts or PairCounts.none())
+    return MAPS[config.map](source, pivot)
 
 
 @lru_cache(maxsize=4)  # a worker process aligns many shards of the same two models
@@ -31,14 +63,25 @@ def load_vocabulary(model: ModelConfig) -> Vocabulary:
 
     Raises ValueError naming the model when its tokenizer has no byte-exact pieces, or its chat template no one end of turn.
     """
+    return vocabulary_of(*_tokenizer_and_size(model))
+
+
+@lru_cache(maxsize=4)
+def load_strings(model: ModelConfig) -> TokenStrings:
+    """The strings of the model's tokens, which the method `fusechat` compares; as many as `load_vocabulary` has pieces."""
+    tokenizer, size = _tokenizer_and_size(model)
+    return strings_of(tokenizer, vocab_size=size)
+
+
+def _tokenizer_and_size(model: ModelConfig) -> tuple[PreTrainedTokenizerBase, int]:
     folder = local_folder(model.path, model.revision)
     trust = model.trust_remote_code
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    return vocabulary_of(tokenizer, vocab_size=int(config.get_text_config().vocab_size))
+    return tokenizer, int(config.get_text_config().vocab_size)
 
 
-def vocabulary_of(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None) -> Vocabulary:
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> Vocabulary:
     """The same of a tokenizer. The end of turn is the chat template's; a model without a template ends its texts there."""
     pieces = read_pieces(tokenizer, vocab_size)
     end = end_of_turn_id(tokenizer) if tokenizer.chat_template else tokenizer.eos_token_id
@@ -57,6 +100,35 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None 
         frozenset(fallback),
         lambda text: _first_token(tokenizer, text[1:] if doubles and text.startswith(b" ") else text),
     )
+
+
+def strings_of(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> TokenStrings:
+    """The strings of a tokenizer, filled up with "" to `vocab_size`."""
+    known = max(tokenizer.get_vocab().values(), default=-1) + 1
+    padding = [""] * max(0, (vocab_size or 0) - known)
+    pieces = tokenizer.convert_ids_to_tokens(list(range(known)))
+    bos, eos, unk = (
+        UNKNOWN if number is None else int(number)
+        for number in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    )
+    return TokenStrings(
+        [*tokenizer.batch_decode([[number] for number in range(known)]), *padding],
+        [*(piece or "" for piece in pieces), *padding],
+        space_marker(tokenizer),
+        bos,
+        eos,
+        unk,
+    )
+
+
+def space_marker(tokenizer: PreTrainedTokenizerBase) -> str:
+    """How the tokenizer's pieces write a blank, by having it write some: what stands between two words. "" where nothing does."""
+    for first, second in (("a", "b"), ("1", "2"), ("x", "y")):
+        written = "".join(tokenizer.tokenize(f"{first} {second}"))
+        found = re.fullmatch(f".*?{first}(.+){second}", written)
+        if found:
+            return found[1]
+    return ""
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase, text: bytes) -> int:

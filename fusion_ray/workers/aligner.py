@@ -9,21 +9,24 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fusion_ray.alignment.counts import PairCounts
 from fusion_ray.alignment.coverage import Coverage, measure
 from fusion_ray.alignment.edges import find_edges, settle, texts_differ
 from fusion_ray.alignment.explain import ExplainedRow, explained
-from fusion_ray.alignment.maps import MAPS
-from fusion_ray.alignment.methods import METHODS, Aligned, Side
+from fusion_ray.alignment.fusechat import Sequences
+from fusion_ray.alignment.methods import METHODS, PAIRS, Aligned, Side
 from fusion_ray.alignment.positions import Bools, Positions, faults
+from fusion_ray.alignment.token_strings import TokenStrings
 from fusion_ray.alignment.vocabulary import Vocabulary
 from fusion_ray.config import AlignConfig, ConfigError, ModelConfig
 from fusion_ray.corpus.readers import Rejected
 from fusion_ray.store import Artifact
 from fusion_ray.workers.align_rows import TeacherRows, aligned_table, encode_aligned, join_rows, teacher_rows
-from fusion_ray.workers.align_setup import check_supported, load_vocabulary
+from fusion_ray.workers.align_setup import check_supported, load_strings, load_vocabulary, vocabulary_map
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,42 @@ class AlignedShard:
 class Aligner:
     """Aligns the shards of one pivot and one source. Raises ConfigError for a method or a map that cannot run."""
 
-    def __init__(self, pivot: Vocabulary, source: Vocabulary, config: AlignConfig) -> None:
+    def __init__(
+        self,
+        pivot: Vocabulary,
+        source: Vocabulary,
+        config: AlignConfig,
+        *,
+        strings: tuple[TokenStrings, TokenStrings] | None = None,
+        counts: PairCounts | None = None,
+    ) -> None:
+        """`strings` (pivot's, source's) are for the method `fusechat`, `counts` (the sum of `count` over all shards) for the map `statistics`."""
         check_supported(config)
         self.pivot = pivot
         self.source = source
         self.config = config
-        self.mapped = MAPS[config.map](source, pivot)
+        self._strings = strings
+        self._counts = counts
 
     @classmethod
-    def of_models(cls, pivot: ModelConfig, source: ModelConfig, config: AlignConfig) -> "Aligner":
+    def of_models(
+        cls, pivot: ModelConfig, source: ModelConfig, config: AlignConfig, counts: PairCounts | None = None
+    ) -> "Aligner":
         """Raises ValueError naming a model whose tokenizer cannot be aligned."""
-        return cls(load_vocabulary(pivot), load_vocabulary(source), config)
+        strings = (load_strings(pivot), load_strings(source)) if config.method == "fusechat" else None
+        return cls(load_vocabulary(pivot), load_vocabulary(source), config, strings=strings, counts=counts)
+
+    @cached_property
+    def mapped(self) -> npt.NDArray[np.int32]:
+        """The vocabulary map. Raises ValueError for `statistics` without counts."""
+        return vocabulary_map(self.config, self.pivot, self.source, self._strings, self._counts)
+
+    def count(self, pivot_rows: bytes, source_rows: bytes) -> PairCounts:
+        """How often each source id meets each pivot id in a shard, as the method sees it; nothing where the vocabularies are equal."""
+        if self.source.same_as(self.pivot):
+            return PairCounts.none()
+        _, sides, _, _ = self._read(_table(pivot_rows), _table(source_rows))
+        return PairCounts.of_pairs(*PAIRS[self.config.method](*sides))
 
     def align(self, pivot_rows: bytes, source_rows: bytes) -> AlignedShard:
         """Both are Parquet bytes of records.teacher_schema. Raises ValueError for those that no teach stage wrote."""
@@ -93,17 +121,17 @@ class Aligner:
 
     def _run(self, sides: tuple[Side, Side], rows: int) -> Aligned:
         config = self.config
+        shared = {"mapped": self.mapped, "choose": config.choose, "per": config.per, "unit": config.unit}
+        if config.method == "fusechat":
+            return METHODS[config.method](*sides, rows, rules=config.map, **shared)
         return METHODS[config.method](
             *sides,
             rows,
-            mapped=self.mapped,
-            whole_tokens=config.map == "exact",
+            whole_tokens=config.map not in ("prefix", "canonical"),
             chain=config.chain,
             inside=config.inside,
             duplicates=config.duplicates,
-            choose=config.choose,
-            per=config.per,
-            unit=config.unit,
+            **shared,
         )
 
     def _read(
@@ -114,18 +142,30 @@ class Aligner:
         pivot, source = teacher_rows(pivot_table, mine), teacher_rows(source_table, theirs)
         rejected: list[Rejected] = []
         pivot, source = _without(pivot, source, self._unsound(pivot, source), rejected)
-        sides = self._sides(pivot.positions, source.positions)
+        sides = self._sides(pivot, source)
         reasons = _disagreements(pivot, source, sides)
         if reasons:
             pivot, source = _without(pivot, source, reasons, rejected)
-            sides = self._sides(pivot.positions, source.positions)
+            sides = self._sides(pivot, source)
         return pivot, sides, rejected, len(mine)
 
-    def _sides(self, pivot: Positions, source: Positions) -> tuple[Side, Side]:
+    def _sides(self, pivot_rows: TeacherRows, source_rows: TeacherRows) -> tuple[Side, Side]:
+        pivot, source = pivot_rows.positions, source_rows.positions
         edges_pivot, edges_source = find_edges(pivot, self.pivot), find_edges(source, self.source)
+        strings_pivot, strings_source = self._strings or (None, None)
         return (
-            Side(pivot, settle(pivot, edges_pivot, self.pivot, source, edges_source, self.source), self.pivot),
-            Side(source, settle(source, edges_source, self.source, pivot, edges_pivot, self.pivot), self.source),
+            Side(
+                pivot,
+                settle(pivot, edges_pivot, self.pivot, source, edges_source, self.source),
+                self.pivot,
+                _sequences(pivot_rows, strings_pivot),
+            ),
+            Side(
+                source,
+                settle(source, edges_source, self.source, pivot, edges_pivot, self.pivot),
+                self.source,
+                _sequences(source_rows, strings_source),
+            ),
         )
 
     def _unsound(self, pivot: TeacherRows, source: TeacherRows) -> dict[int, str]:
@@ -136,6 +176,13 @@ class Aligner:
                 for at in _first_of_rows(rows.positions, mask):
                     row = int(rows.positions.row[at])
                     reasons.setdefault(row, f"the {side} has {reason} at position {rows.position[at]}")
+            if self._strings is None:
+                continue  # only positions are read
+            for at in np.flatnonzero((rows.tokens < 0) | (rows.tokens >= vocabulary.size)):
+                row = int(np.searchsorted(rows.token_offsets, at, side="right")) - 1
+                reasons.setdefault(
+                    row, f"the {side} has the token {rows.tokens[at]}, outside the vocabulary of {vocabulary.size}"
+                )
         for row in np.flatnonzero(np.bincount(pivot.positions.row, minlength=len(pivot.names)) == 0):
             reasons.setdefault(int(row), "the pivot predicts no assistant byte of it")
         return reasons
@@ -149,9 +196,13 @@ def explained_row(
     source: ModelConfig,
     config: AlignConfig,
     row: str,
+    counts: PairCounts | None = None,
 ) -> ExplainedRow:
-    """The row with the id `row` in both tokenizations. Raises ConfigError when no shard of both artefacts has it, or it cannot be aligned."""
-    aligner = Aligner.of_models(pivot, source, config)
+    """The row with the id `row` in both tokenizations; `counts` as for `Aligner`.
+
+    Raises ConfigError when no shard of both artefacts has it, or it cannot be aligned.
+    """
+    aligner = Aligner.of_models(pivot, source, config, counts)
     theirs = {unit.name for unit in source_rows.manifest().units}
     for unit in pivot_rows.manifest().units:
         if not unit.name.startswith("shard-") or unit.name not in theirs:
@@ -168,6 +219,13 @@ def explained_row(
 
 def _table(data: bytes) -> pa.Table:
     return pq.read_table(pa.BufferReader(data), use_threads=False)
+
+
+def _sequences(rows: TeacherRows, strings: TokenStrings | None) -> Sequences | None:
+    if strings is None:
+        return None
+    read = rows.token_offsets[rows.positions.row] + rows.position
+    return Sequences(rows.tokens, rows.token_offsets, read, strings)
 
 
 def _disagreements(pivot: TeacherRows, source: TeacherRows, sides: tuple[Side, Side]) -> dict[int, str]:

@@ -152,7 +152,7 @@ def test_rows_that_cannot_be_aligned_are_listed_or_fail_the_stage(
 def test_what_a_user_can_mend_is_said_plainly(tmp_path: Path, models: tuple[ModelConfig, ModelConfig]) -> None:
     store = Store(str(tmp_path))
     pivot_rows, source_rows = sides(store)
-    with pytest.raises(ConfigError, match=r"align.method is 'fusechat'"):
+    with pytest.raises(ConfigError, match=r"align.map is 'canonical'"):
         run(target(store), (pivot_rows, source_rows), models, config=AlignConfig(method="fusechat"))
     lacking = store.artifact("teach", 1, {"model": "lacking"}, {})
     lacking.seal([lacking.commit_bytes("shard-00000.parquet", source_rows.read_bytes("shard-00000.parquet"), rows=2)])

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from fusion_ray.alignment.maps import MAPS, UNMAPPED
+from fusion_ray.alignment.counts import PairCounts
+from fusion_ray.alignment.maps import MAPS, UNMAPPED, statistics_map
 from fusion_ray.alignment.vocabulary import END_OF_TURN, Vocabulary
 from fusion_ray.workers.align_setup import vocabulary_of
 from tests.tiny import make_tokenizer
@@ -29,11 +30,22 @@ SOURCE = Vocabulary(SOURCE_PIECES, frozenset({6, 7}), {END_OF_TURN: 6})
     [
         ("exact", [UNMAPPED, 258, 257, 259, ord("t"), UNMAPPED, 260, UNMAPPED, UNMAPPED]),
         ("prefix", [256, 258, 257, 259, ord("t"), 0xE2, 260, UNMAPPED, UNMAPPED]),
+        ("min_edit", [258, 258, 257, 259, ord("t"), 0x82, 260, UNMAPPED, UNMAPPED]),
         ("canonical", [ord(" "), 258, 257, 259, ord("t"), 0xE2, 260, UNMAPPED, UNMAPPED]),
     ],
 )
 def test_each_map_of_the_same_pieces(name: str, expected: list[int]) -> None:
     assert MAPS[name](SOURCE, PIVOT).tolist() == expected
+
+
+def test_statistics_goes_by_frequency_then_distance_then_id() -> None:
+    """\" eat\" met 256 and 257 twice each (as near), \"ea\" has its own bytes; a special id and one that was never seen are not counted."""
+    pairs = [(0, 257), (0, 256), (0, 257), (0, 256), (0, 258), (2, 97), (2, 97), (5, 97), (5, 0xE2), (6, 97)]
+    counts = PairCounts.of_pairs(*np.array(pairs).T)
+    expected = [256, 258, 257, 259, ord("t"), 0xE2, 260, UNMAPPED, UNMAPPED]
+    assert statistics_map(SOURCE, PIVOT, counts).tolist() == expected
+    assert statistics_map(SOURCE, PIVOT, PairCounts.none()).tolist() == MAPS["exact"](SOURCE, PIVOT).tolist()
+    assert statistics_map(PIVOT, PIVOT, counts).tolist() == list(range(PIVOT.size))
 
 
 @pytest.mark.parametrize("name", MAPS)

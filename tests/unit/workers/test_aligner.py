@@ -178,11 +178,14 @@ def test_a_table_that_no_teach_stage_wrote_is_refused() -> None:
         aligner().align(shard(outside), shard(made_up_rows(SOURCE, CONTENTS[:1])))
 
 
-def test_what_cannot_run_yet_is_refused_by_its_key() -> None:
-    with pytest.raises(ConfigError, match=r"align.method is 'fusechat'"):
-        aligner(method="fusechat")
-    with pytest.raises(ConfigError, match=r"align.map is 'statistics'"):
-        aligner(map="statistics")
+def test_what_cannot_run_together_is_refused_by_its_key() -> None:
+    for name in ("prefix", "canonical"):
+        with pytest.raises(
+            ConfigError, match=rf"align.map is '{name}'.* set align.map to exact .* min_edit .* statistics"
+        ):
+            aligner(method="fusechat", map=name)
+    with pytest.raises(ConfigError, match=r"align.inside is 'label'.*leave it out"):
+        aligner(method="fusechat", map="exact", inside="label")
 
 
 def test_the_figures_add_up_over_shards() -> None:
