@@ -25,10 +25,13 @@ def conversation(contents: Sequence[str]) -> list[Message]:
     return [message for content in contents for message in (Message("user", "Go on."), Message("assistant", content))]
 
 
-def teacher(name: str, rows: Sequence[Sequence[str]], *, seed: int, top_k: int = 6, whole: bool = False) -> Positions:
+def teacher(
+    name: str, rows: Sequence[Sequence[str]], *, seed: int, top_k: int = 6, whole: bool = False, spoken: bool = False
+) -> Positions:
     """Positions of conversations with these assistant contents in the tokens of tests.tokenizers' `name`; raises UnlocatedError as its locator does.
 
     Candidates are the label (mostly), ids that begin as it does, and any ids, special ones among them. `whole`: they hold all the mass.
+    `spoken`: ids that stand for bytes alone.
     """
     located = [locator(name).locate(conversation(contents)) for contents in rows]
     by_bytes = _by_bytes(name)
@@ -44,6 +47,9 @@ def teacher(name: str, rows: Sequence[Sequence[str]], *, seed: int, top_k: int =
     weights = np.maximum(weights, 1e-6)
     for k in range(1, top_k):
         weights[(ids[:, :k] == ids[:, k : k + 1]).any(axis=1), k] = 0.0
+    if spoken:
+        speaks = np.diff(vocabulary(name).offsets) > 0
+        weights[:, 1:][~speaks[ids[:, 1:]]] = 0.0
     total = np.ones(count) if whole else generator.uniform(0.5, 0.999, count)
     weights *= (total / weights.sum(axis=1))[:, None]
     of_label = np.where(ids == label[:, None], weights, 0.0).sum(axis=1)
@@ -85,6 +91,7 @@ def aligned(
     *,
     mapped: np.ndarray | None = None,
     vocabulary_map: str = "prefix",
+    chain: bool = False,
     inside: Inside = "skip",
     duplicates: Duplicates = "sum",
 ) -> Aligned:
@@ -95,6 +102,7 @@ def aligned(
         rows,
         mapped=MAPS[vocabulary_map](sides[1].vocabulary, sides[0].vocabulary) if mapped is None else mapped,
         whole_tokens=vocabulary_map == "exact",
+        chain=chain,
         inside=inside,
         duplicates=duplicates,
         choose="source",

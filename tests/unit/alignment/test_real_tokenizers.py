@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from fusion_ray.alignment.maps import MAPS
 from fusion_ray.alignment.methods import Side
+from fusion_ray.alignment.positions import Positions
+from fusion_ray.alignment.project import Inside
 from fusion_ray.alignment.spans import COMPARABLE, INSIDE, STRICT
-from fusion_ray.alignment.vocabulary import END_OF_TURN
+from fusion_ray.alignment.vocabulary import END_OF_TURN, Vocabulary
 from tests.made_up import aligned, both, conversation, distribution, permuted, teacher
 from tests.tokenizers import NAMES, SENTENCEPIECE, locator, sentencepiece_model, tokenizer, vocabulary
 
@@ -30,6 +32,7 @@ LONG = st.builds(
 CONTENT = st.one_of(*[TEXT] * 9, LONG)
 ROWS = st.lists(st.lists(CONTENT, min_size=1, max_size=2), min_size=1, max_size=2)
 NAME = st.sampled_from(NAMES)
+CHAIN = st.booleans()
 INSIDES = st.sampled_from(["skip", "label", "condition"])
 SEED = st.integers(0, 1000)
 REPEAT = settings(deadline=None, max_examples=60, derandomize=True)
@@ -125,16 +128,17 @@ def test_no_position_looks_at_a_longer_or_shorter_context_than_its_own_bytes(
 
 
 @pytest.mark.parametrize("inside", ["skip", "label", "condition"])
-@given(name=NAME, rows=ROWS, seed=SEED, vocabulary_map=st.sampled_from(list(MAPS)))
+@given(name=NAME, rows=ROWS, seed=SEED, vocabulary_map=st.sampled_from(list(MAPS)), chain=CHAIN)
 @REPEAT
 def test_a_tokenization_aligned_with_itself_is_the_identity_with_mass_one(
-    inside: str, name: str, rows: list[list[str]], seed: int, vocabulary_map: str
+    inside: Inside, name: str, rows: list[list[str]], seed: int, vocabulary_map: str, chain: bool
 ) -> None:
     words = vocabulary(name)
     positions = teacher(name, without_marker(rows), seed=seed, whole=True)
     sides = both(positions, positions, words, words)
     assert sides is not None
-    result = aligned(sides, mapped=np.arange(words.size, dtype=np.int32), vocabulary_map=vocabulary_map, inside=inside)
+    same = np.arange(words.size, dtype=np.int32)  # what every map is here, see the next test
+    result = aligned(sides, mapped=same, vocabulary_map=vocabulary_map, chain=chain, inside=inside)
     assert (result.kind == STRICT).all()
     assert result.source_index.tolist() == list(range(positions.count))
     assert (result.topk_ids == np.where(np.isfinite(positions.topk_logprobs), positions.topk_ids, 0)).all()
@@ -148,15 +152,20 @@ def test_a_vocabulary_maps_to_itself_by_the_identity(name: str) -> None:
         assert (mapped(name, name, vocabulary_map) == np.arange(vocabulary(name).size)).all()
 
 
-@given(pivot=NAME, source=NAME, rows=ROWS, seed=SEED, inside=INSIDES, data=st.data())
+@given(pivot=NAME, source=NAME, rows=ROWS, seed=SEED, inside=INSIDES, chain=CHAIN, data=st.data())
 @REPEAT
 def test_mass_is_moved_and_never_made(
-    pivot: str, source: str, rows: list[list[str]], seed: int, inside: str, data: st.DataObject
+    pivot: str, source: str, rows: list[list[str]], seed: int, inside: Inside, chain: bool, data: st.DataObject
 ) -> None:
     vocabulary_map = data.draw(st.sampled_from(maps_of(source)))
     sides = sides_of(pivot, source, without_marker(rows), seed)
-    result = aligned(sides, mapped=mapped(pivot, source, vocabulary_map), vocabulary_map=vocabulary_map, inside=inside)
-    given_mass = np.exp(sides[1].positions.topk_logprobs.astype(np.float64)).sum(axis=1)
+    map_given = mapped(pivot, source, vocabulary_map)
+    result = aligned(sides, mapped=map_given, vocabulary_map=vocabulary_map, chain=chain, inside=inside)
+    theirs = sides[1].positions
+    given_mass = np.exp(theirs.topk_logprobs.astype(np.float64)).sum(axis=1)
+    if chain:  # knows the label's probability where the top-k does not hold it
+        unseen = (theirs.topk_ids != theirs.label[:, None]) | np.isneginf(theirs.topk_logprobs)
+        given_mass += np.where(unseen.all(axis=1), np.exp(theirs.label_logprob.astype(np.float64)), 0.0)
     same = (result.kind == STRICT) | (result.kind == COMPARABLE)
     out = result.projection.mass
     assert (out[same] <= given_mass[result.source_index[same]] + 1e-5).all()
@@ -185,10 +194,47 @@ def test_prefix_conserves_mass(pivot: str, source: str, rows: list[list[str]], s
     assert result.projection.mass[same] == pytest.approx(expected[result.source_index[same]], abs=1e-5)
 
 
-@given(name=NAME, rows=ROWS, seed=SEED, vocabulary_map=st.sampled_from(["exact", "prefix"]))
+@given(pivot=NAME, source=NAME, rows=ROWS, seed=SEED)
+@REPEAT
+def test_the_chain_rule_conserves_mass(pivot: str, source: str, rows: list[list[str]], seed: int) -> None:
+    rows = without_marker(rows)
+    words, other_words = vocabulary(pivot), vocabulary(source)
+    theirs = teacher(source, rows, seed=seed, whole=True, spoken=True)
+    room = teacher(pivot, rows, seed=seed, top_k=48)  # for the candidates of several positions
+    sides = both(room, theirs, words, other_words)
+    assert sides is not None
+    mine, edges = sides[0].positions, sides[0].edges
+    result = aligned(sides, mapped=mapped(pivot, source, "prefix"), chain=True)
+    met = np.flatnonzero((result.kind == STRICT) | (result.kind == COMPARABLE))
+    other = result.source_index[met]
+    told = edges.lead[met] == sides[1].edges.lead[other]
+    # A control token in the text has no bytes of its own, and where a template or an added token swallowed blanks nothing more is known.
+    told &= ~np.array(
+        [
+            _controls(theirs, other_words, at, mine.message_key[i], mine.end[i])
+            for i, at in zip(met, other, strict=True)
+        ],
+        bool,
+    )
+    assert result.projection.mass[met[told]] == pytest.approx(np.ones(int(told.sum())), abs=1e-5)
+    assert (told.mean() if told.size else 1) > 0.2
+
+
+def _controls(source: Positions, words: Vocabulary, at: int, message: int, end: int) -> bool:
+    """Whether the source writes the bytes up to `end` with a control token among them, or stops before."""
+    while source.start[at] < source.end[at] < end:
+        if source.label[at] in words.special or at + 1 == source.count or source.start[at + 1] != source.end[at]:
+            return True
+        at += 1
+        if source.message_key[at] != message or source.start[at] == source.end[at]:
+            return True
+    return False
+
+
+@given(name=NAME, rows=ROWS, seed=SEED, vocabulary_map=st.sampled_from(["exact", "prefix"]), chain=CHAIN)
 @REPEAT
 def test_a_teacher_of_a_permuted_vocabulary_gives_the_permuted_distribution(
-    name: str, rows: list[list[str]], seed: int, vocabulary_map: str
+    name: str, rows: list[list[str]], seed: int, vocabulary_map: str, chain: bool
 ) -> None:
     words = vocabulary(name)
     shuffled, new = permuted(name)
@@ -196,12 +242,14 @@ def test_a_teacher_of_a_permuted_vocabulary_gives_the_permuted_distribution(
     source = replace(positions, label=new[positions.label], topk_ids=new[positions.topk_ids])
     sides = both(positions, source, words, shuffled)
     assert sides is not None
-    result = aligned(sides, mapped=mapped_back(name, vocabulary_map), vocabulary_map=vocabulary_map)
+    result = aligned(sides, mapped=mapped_back(name, vocabulary_map), vocabulary_map=vocabulary_map, chain=chain)
     for at in range(positions.count):
         expected: dict[int, float] = {}
         for token, probability in distribution(positions.topk_ids[at], positions.topk_logprobs[at]).items():
-            if token in words.special or token == positions.label[at]:
-                known = token if token == words.roles[END_OF_TURN] or token not in words.special else -1
+            if token == positions.label[at] and (chain or token not in words.special):
+                known = token
+            elif token in words.special:
+                known = token if token == words.roles[END_OF_TURN] else -1
             else:
                 known = words.id_of(words.pieces[token])  # a byte that SentencePiece has twice is the ordinary token
             expected[known] = expected.get(known, 0.0) + probability
