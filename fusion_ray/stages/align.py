@@ -14,7 +14,16 @@ from fusion_ray.config import AlignConfig, ConfigError, ModelConfig, WorkerResou
 from fusion_ray.corpus.readers import Rejected
 from fusion_ray.corpus.shards import REJECTED, encode_rejected
 from fusion_ray.records import Report
+from fusion_ray.stages.align_counts import sum_counts
 from fusion_ray.store import Artifact, Json, Manifest, Unit
+from fusion_ray.workers.align_counts import (
+    COUNTS_UNIT,
+    encode_counts,
+    needs_counts,
+    part_name,
+    read_counts,
+    remove_parts,
+)
 from fusion_ray.workers.align_setup import check_supported
 from fusion_ray.workers.aligner import Aligner
 
@@ -44,6 +53,7 @@ def align(
 ) -> Manifest:
     """Align every shard of both artefacts into `out` and seal it; committed shards are not made again.
 
+    The map `statistics` has a first pass over all shards, which counts the pairs of ids that meet; the sum is a unit of the artefact.
     manifest.info: COUNTS over all shards and the figures of alignment/coverage.py. Raises ConfigError for a method that cannot run, ValueError for
     artefacts that hold different shards, naming the model whose tokenizer cannot be aligned, or past `max_rejected` (a share of the rows), naming
     the first ones.
@@ -57,7 +67,16 @@ def align(
     todo = [name for name in names if name not in units]
     logger.info("align %s: %d of %d shards to do", source.name, len(todo), len(names))
     models = (pivot, source, config)
-    for name in _spread(_align_shards, (out, pivot_rows, source_rows, *models), todo, resources, source.name):
+    inputs = (out, pivot_rows, source_rows, *models)
+    if needs_counts(config) and out.unit(COUNTS_UNIT) is None:
+        uncounted = [name for name in names if out.unit(part_name(name)) is None]
+        for name in _spread(_count_shards, inputs, uncounted, resources, source.name):
+            uncounted.remove(name)
+            done = len(names) - len(uncounted)
+            report({"done": done, "total": len(names), "unit": "shards", "phase": "count"})
+        pairs = sum_counts(out, names, resources).rows
+        logger.info("align %s: %d pairs of ids counted", source.name, pairs)
+    for name in _spread(_align_shards, inputs, todo, resources, source.name):
         unit = out.unit(name)
         if unit is None:
             raise OSError(f"{out.url}/{name} was committed and is gone: the storage lost it; run again")
@@ -126,6 +145,29 @@ def _options(resources: WorkerResources, label: str) -> dict[str, object]:
     }
 
 
+def _count_shards(
+    out: Artifact,
+    pivot_rows: Artifact,
+    source_rows: Artifact,
+    pivot: ModelConfig,
+    source: ModelConfig,
+    config: AlignConfig,
+    names: Sequence[str],
+) -> Iterator[tuple[str, Failure]]:
+    """Commit which ids meet in each shard and tell its name; a retried task skips what its predecessor committed."""
+    name = ""
+    try:
+        aligner = Aligner.of_models(pivot, source, config)
+        for name in names:
+            if out.unit(part_name(name)) is None:
+                counts = aligner.count(pivot_rows.read_bytes(name), source_rows.read_bytes(name))
+                out.commit_bytes(part_name(name), encode_counts(counts), rows=int(counts.keys.size))
+            yield name, ("", "")
+    except (ValueError, OSError) as error:
+        where = f"{name} of {pivot_rows.url} and {source_rows.url}: " if name else ""
+        yield name, _failure(error, where)
+
+
 def _align_shards(
     out: Artifact,
     pivot_rows: Artifact,
@@ -138,7 +180,7 @@ def _align_shards(
     """Commit each shard and tell its name; a retried task skips what its predecessor committed."""
     name = ""
     try:
-        aligner = Aligner.of_models(pivot, source, config)
+        aligner = Aligner.of_models(pivot, source, config, read_counts(out, config))
         for name in names:
             if out.unit(name) is None:
                 shard = aligner.align(pivot_rows.read_bytes(name), source_rows.read_bytes(name))
@@ -158,6 +200,7 @@ def _align_shards(
 
 
 def _examples(
+    out: Artifact,
     pivot_rows: Artifact,
     source_rows: Artifact,
     pivot: ModelConfig,
@@ -168,7 +211,7 @@ def _examples(
 ) -> tuple[list[ExplainedRow], dict[str, object], Failure]:
     """A few rows in both tokenizations, from the first shards that have any, and the figures of the whole run."""
     try:
-        aligner = Aligner.of_models(pivot, source, config)
+        aligner = Aligner.of_models(pivot, source, config, read_counts(out, config))
         rows: list[ExplainedRow] = []
         for name in names:
             if len(rows) >= EXAMPLES:
@@ -202,12 +245,18 @@ def _seal(
     for unit in units:
         total = total + Coverage(**unit.info["coverage"])  # type: ignore[arg-type]  # what to_dict gave
     task = ray.remote(_examples).options(**_options(resources, models[1].name))
-    examples, figures, failure = ray.get(task.remote(*rows, *models, [unit.name for unit in units if unit.rows], total))
+    examples, figures, failure = ray.get(
+        task.remote(out, *rows, *models, [unit.name for unit in units if unit.rows], total)
+    )
     _raise(failure)
     left_out = _left_out(units)
     kept = [replace(unit, info={name: unit.info[name] for name in COUNTS}) for unit in units]
     kept.append(out.commit_bytes(EXAMPLES_UNIT, json.dumps(examples, ensure_ascii=False).encode(), rows=len(examples)))
     kept.append(out.commit_bytes(REJECTED, encode_rejected(left_out), rows=len(left_out)))
+    counts = out.unit(COUNTS_UNIT)
+    if counts is not None:
+        kept.append(counts)
+        remove_parts(out)
     return out.seal(kept, figures | {name: _count(units, name) for name in COUNTS})
 
 

@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 import ray
 
+from fusion_ray.alignment.counts import PairCounts
 from fusion_ray.config import AlignConfig, ConfigError, ModelConfig, WorkerResources
 from fusion_ray.corpus.shards import decode_rejected
 from fusion_ray.logprobs.codec import encode, to_table
 from fusion_ray.records import ALIGN_FORMAT
+from fusion_ray.stages import align as align_module
 from fusion_ray.stages.align import align
-from fusion_ray.store import Artifact, Store
-from fusion_ray.workers.aligner import explained_row
+from fusion_ray.store import Artifact, Store, Unit
+from fusion_ray.workers.align_counts import decode_counts, encode_counts, read_counts
+from fusion_ray.workers.aligner import Aligner, explained_row
 from tests.teaching import made_up_rows
 from tests.tiny import make_tiny_model, make_tokenizer
 
@@ -147,6 +150,70 @@ def test_rows_that_cannot_be_aligned_are_listed_or_fail_the_stage(
     left_out = decode_rejected(out.read_bytes("rejected.parquet"))
     assert [row.id for row in left_out] == ["row-0"]
     assert (out.manifest().info["rows"], out.manifest().info["rejected"]) == (5, 1)
+
+
+def test_counted_maps_are_made_of_all_shards_and_a_cut_run_counts_none_twice(
+    tmp_path: Path, models: tuple[ModelConfig, ModelConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path))
+    rows, out = sides(store), target(store)
+    config = AlignConfig(method="fusechat", map="statistics", choose="source")
+
+    # cut off between counting and aligning, with one shard's count lost
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(align_module, "sum_counts", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(out, rows, models, config=config)
+    names = [f"shard-{number:05d}.parquet" for number in range(SHARDS)]
+    assert [name for name in out.names("_counts")] == [f"_counts/{name}" for name in names]
+    monkeypatch.undo()
+    kept = {name: Path(out.path(f"_counts/{name}")).stat().st_mtime_ns for name in names[1:]}
+    out.remove(f"_counts/{names[0]}")
+    counted: list[int] = []
+    read = align_module.sum_counts
+
+    def watch(*arguments: object) -> Unit:
+        counted.extend(Path(out.path(f"_counts/{name}")).stat().st_mtime_ns == kept[name] for name in names[1:])
+        return read(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(align_module, "sum_counts", watch)
+    reports = run(out, rows, models, config=config)
+    assert [(report.get("phase"), report["done"]) for report in reports] == [
+        ("count", 3),
+        (None, 1),
+        (None, 2),
+        (None, 3),
+    ]
+    assert counted == [True, True]
+    assert out.names("_counts") == []
+    out.verify()
+
+    # the pure pass, without Ray
+    shards = [tuple(side.read_bytes(name) for side in rows) for name in names]
+    counting = Aligner.of_models(*models, config)
+    total = PairCounts.none()
+    for shard in shards:
+        total = total + counting.count(*shard)
+    assert total.counts.sum() > 100
+    assert out.read_bytes("counts.parquet") == encode_counts(total)
+    aligner = Aligner.of_models(*models, config, total)
+    for name, shard in zip(names, shards, strict=True):
+        assert out.read_bytes(name) == aligner.align(*shard).data
+    shown = explained_row(
+        *rows, pivot=models[0], source=models[1], config=config, row="row-0", counts=read_counts(out, config)
+    )
+    assert shown == json.loads(out.read_bytes("examples.json"))[0]
+
+
+def test_equal_vocabularies_need_no_counts(tmp_path: Path, models: tuple[ModelConfig, ModelConfig]) -> None:
+    store = Store(str(tmp_path))
+    rows = taught(store, "pivot", "bytelevel", "chatml", CONTENTS, 0.2)
+    out = target(store)
+    run(out, (rows, rows), (models[0], models[0]), config=AlignConfig(method="fusechat", map="statistics"))
+    assert decode_counts(out.read_bytes("counts.parquet")).keys.size == 0
+    assert out.manifest().info["top1_agreement"] == 1.0
 
 
 def test_what_a_user_can_mend_is_said_plainly(tmp_path: Path, models: tuple[ModelConfig, ModelConfig]) -> None:
