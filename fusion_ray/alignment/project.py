@@ -191,6 +191,8 @@ def _ids_beginning(trie: Trie, words: _Bytes, label: int, length: int) -> np.int
     """How many ids of the source begin with the first `length` bytes of the piece of `label`."""
     node = np.int64(0)
     at = words.offsets[label]
+    if words.offsets[label + 1] - at < length:
+        return np.int64(0)  # a control token in the text: it has a span, but no bytes of its own
     for index in range(length):
         node = child(trie, node, words.blob[at + index])
         if node == -1:
