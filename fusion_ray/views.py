@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fusion_ray.alignment.explain import explain
 from fusion_ray.config import ConfigError, FusionConfig, ResourcesConfig, ServeConfig, is_url, load_config
 from fusion_ray.graph import Graph, build_graph
 from fusion_ray.models import local_folder
 from fusion_ray.pipeline import model_folder
+from fusion_ray.report.explained import ExplainedView
 from fusion_ray.stages.cluster import connected
 from fusion_ray.stages.serve import serve_forever
 from fusion_ray.workers.align_counts import read_counts
@@ -15,13 +15,14 @@ from fusion_ray.workers.aligner import explained_row
 from fusion_ray.workers.api_key import missing_key, read_key
 
 
-def explain_row(config: FusionConfig, source: str, row: str) -> str:
-    """Row `row` (an id of the corpus) of the sealed alignment of `source`. Raises ConfigError for a row that is not there."""
+def explain_row(config: FusionConfig, source: str, row: str) -> ExplainedView:
+    """Row `row` (an id of the corpus) of the sealed alignment of `source`, to be printed. Raises ConfigError for a row that is not there."""
     graph = build_graph(config)
     model = next(model for model in config.sources if model.name == source)
     rows = (graph.teach[config.pivot.name].artifact, graph.teach[source].artifact)
     counts = read_counts(graph.align[source].artifact, config.align)
-    return explain(explained_row(*rows, pivot=config.pivot, source=model, config=config.align, row=row, counts=counts))
+    found = explained_row(*rows, pivot=config.pivot, source=model, config=config.align, row=row, counts=counts)
+    return ExplainedView(found, source)
 
 
 def serve_model(target: str, overrides: Sequence[str], *, insecure: bool, say: Callable[[str], None]) -> None:

@@ -110,7 +110,9 @@ def test_shards_are_aligned_side_by_side_and_the_manifest_tells_the_coverage(
     assert {"mass_kept", "one_hot", "top1_agreement", "worst_pairs", "positions"} <= info.keys()
     examples = json.loads(out.read_bytes("examples.json"))
     assert [row["id"] for row in examples] == [f"row-{number}" for number in range(len(CONTENTS))]
-    assert examples[0]["pivot"][0].keys() == {"text", "message", "byte_start", "byte_end", "kind", "source_index"}
+    place = {"text", "message", "byte_start", "byte_end"}
+    assert examples[0]["pivot"][0].keys() == place | {"kind", "source_index", "becomes"}
+    assert examples[0]["source"][0].keys() == place | {"says"}
     shown = explained_row(*rows, pivot=models[0], source=models[1], config=AlignConfig(), row="row-5")
     assert shown == examples[5]
     with pytest.raises(ConfigError, match="no row 'row-99'"):

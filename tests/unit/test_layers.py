@@ -15,8 +15,8 @@ PURE = ("logprobs", "alignment", "losses", "merging", "judging")
 # Imports point down only: a part may import parts of a lower number, and itself. A new part must be given its place here.
 LEVELS = {
     **dict.fromkeys(("config", "records"), 0),
-    **dict.fromkeys((*PURE, "store", "models", "report"), 1),
-    **dict.fromkeys(("corpus", "checkpoints", "graph"), 2),
+    **dict.fromkeys((*PURE, "store", "models"), 1),
+    **dict.fromkeys(("corpus", "checkpoints", "graph", "report"), 2),
     **dict.fromkeys(("workers", "zoo", "schedule"), 3),
     **dict.fromkeys(("stages", "progress"), 4),
     **dict.fromkeys(("pipeline", "plan"), 5),

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusion_ray.alignment.coverage import Coverage
-from fusion_ray.alignment.explain import explain
+from fusion_ray.alignment.explain import side_by_side
 from fusion_ray.config import AlignConfig, ConfigError
 from fusion_ray.corpus.template import UnlocatedError
 from fusion_ray.logprobs.codec import TeacherRow, encode, to_table
@@ -212,8 +212,12 @@ def test_a_row_is_explained_in_both_tokenizations() -> None:
     for token in row["pivot"]:
         if token["kind"] in ("strict", "comparable"):
             assert row["source"][token["source_index"]]["byte_start"] == token["byte_start"]
-    assert "row row-0" in explain(row)
-    assert len(explain(row).splitlines()) == 1 + len(row["pivot"])
+    assert [line.pivot for line in side_by_side(row) if line.pivot] == row["pivot"]
+    assert [line.source for line in side_by_side(row) if line.source] == row["source"]
+    assert row["source"][0]["says"][0] == {"text": " The", "probability": 0.5}
+    assert row["pivot"][0]["becomes"][0] == {"text": "The", "probability": 0.5}
+    assert len(row["pivot"][1]["becomes"]) == 3
+    assert row["pivot_bits"] == pytest.approx(np.log2(2) * len(row["pivot"]) / len(CONTENTS[0]), abs=1e-3)
     assert [shown["id"] for shown in aligner().examples(*sides, None, 3)] == ["row-0", "row-2", "row-4"]
 
 
