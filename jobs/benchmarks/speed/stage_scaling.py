@@ -4,6 +4,7 @@ Two small zoo vocabularies, real text, one shard's bytes committed under many na
 Workers are started and warmed before anything is timed, and each has one core: Ray gives a task of one CPU one thread, and shards are read by one.
 """
 
+import os
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -28,6 +29,8 @@ WORKERS = (1, 2)
 def stage_seconds(texts: Sequence[str], *, shards: int, repeats: int) -> list[list[float]]:
     """The stage's wall-clock seconds with each of WORKERS, `repeats` times in turn."""
     pivot, source = (ModelConfig(name=name, path=str(MODELS / name)) for name in ("pivot", "source_mistral"))
+    # Ray's workers are nice to everything else on the machine (15), so what else runs there would decide; at 0 they get their share.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     with tempfile.TemporaryDirectory() as folder, connected(ResourcesConfig(num_cpus=4, object_store_gb=0.2)):
         store = Store(folder)
         chosen = texts_of_length(texts, _text_model(pivot), positions=POSITIONS, rows=ROWS)
