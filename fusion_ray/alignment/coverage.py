@@ -3,7 +3,8 @@
 Called by `workers/aligner.py` and `stages/align.py`.
 
 All shares have stated denominators: `coverage` is of all pivot positions, `mass_kept` and `top1_agreement` of projected ones, `one_hot` of the positions
-that the source won (the label alone teaches there), `source_won` of rows.
+that the source won (the label alone teaches there), `source_won` of rows, `positions_won` (those that MinCE gave to the source) and
+`positions_from_source` (those of them that it has something to say at) of all pivot positions.
 """
 
 from collections.abc import Sequence
@@ -55,6 +56,7 @@ class Coverage:
             "mass_kept": _share(self.mass, self.projected),
             "top1_agreement": _share(self.top1_same, self.projected),
             "source_won": _share(self.rows_won, self.rows),
+            "positions_won": _share(of_source, positions),
             "positions_from_source": _share(self.from_source, positions),
             "one_hot": _share(self.without_target, of_source),
             "worst_pairs": [

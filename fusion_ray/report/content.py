@@ -6,6 +6,8 @@ Plain dictionaries as JSON gives them; every part of `Extras`, and every part of
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
+from fusion_ray.alignment.explain import ExplainedRow
+
 Role = Literal["pivot", "source", "sft", "target", "fused"]
 ROLES: tuple[Role, ...] = ("pivot", "source", "sft", "target", "fused")
 ROLE_NAMES: Mapping[str, str] = {"sft": "SFT only"}
@@ -47,13 +49,31 @@ class StageRun(TypedDict):
     seconds: float
 
 
-class AlignmentSummary(TypedDict, total=False):
-    """`coverage`: kind of match to its share of the pivot's predicting positions; `mass_kept`, `source_won`: shares."""
+class TokenPair(TypedDict):
+    """What a source token became in the pivot's vocabulary (None: nothing), with the probability that went so and the positions where it did."""
 
     source: str
+    pivot: str | None
+    mass: float
+    positions: int
+
+
+class AlignmentSummary(TypedDict, total=False):
+    """One source. `coverage`: kind of match to its share of the pivot's predicting positions; the other figures are shares, as alignment/coverage.py
+    defines them, and counts of rows and positions. `worst_pairs`: those whose bytes differ, the heaviest first."""
+
+    source: str
+    rows: int | None
+    rejected: int | None
+    positions: int | None
     coverage: dict[str, float]
     mass_kept: float | None
+    one_hot: float | None
+    top1_agreement: float | None
     source_won: float | None
+    positions_won: float | None
+    positions_from_source: float | None
+    worst_pairs: list[TokenPair]
 
 
 class RunReport(TypedDict, total=False):
@@ -76,21 +96,6 @@ class MergeWeight(TypedDict):
     weight: float
 
 
-class PivotToken(TypedDict):
-    """A predicted token of the pivot and how the source meets it: strict, comparable, inside or none."""
-
-    text: str
-    kind: str
-
-
-class AlignmentExample(TypedDict):
-    """One row in both tokenizations; the tokens' texts cover the same bytes."""
-
-    id: str
-    pivot: list[PivotToken]
-    source: list[str]
-
-
 class Extras(TypedDict, total=False):
     """What the page shows beyond report.json. Every part may be left out.
 
@@ -101,7 +106,7 @@ class Extras(TypedDict, total=False):
 
     training: Mapping[str, Sequence[Mapping[str, float]]]
     merges: Mapping[str, Sequence[MergeWeight]]
-    alignment_examples: Mapping[str, Sequence[AlignmentExample]]
+    alignment_examples: Mapping[str, Sequence[ExplainedRow]]
     paired: Mapping[str, Mapping[str, Interval]]
     judge: Mapping[str, Mapping[str, float]]
 

@@ -1,15 +1,16 @@
 """The HTML report of a run: one self-contained page (no script, no external address) from report.json and what lies beside it. Called by the summary.
 
 Every text that comes from outside (names, keys, row texts) passes through `html.escape`; drawings come from charts as inline SVG. A part that the run
-does not have is replaced by a sentence that says so. The sections on results are in scores.py, those on how they came about in process.py.
+does not have is replaced by a sentence that says so. The sections on results are in scores.py, those on how they came about in process.py and alignment.py.
 """
 
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 
+from fusion_ray.report.alignment import alignment
 from fusion_ray.report.content import Extras, ModelScores, RunReport, by_role, sorted_models
-from fusion_ray.report.process import alignment, merges, training
+from fusion_ray.report.process import merges, training
 from fusion_ray.report.scores import headline, judge, scores
 
 

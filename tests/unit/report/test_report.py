@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
+from fusion_ray.alignment.explain import ExplainedRow
 from fusion_ray.report.content import (
     CATEGORIES,
-    AlignmentExample,
     Extras,
     Interval,
     MergeWeight,
@@ -76,6 +76,29 @@ def make_report() -> RunReport:
                 "coverage": {"strict": 0.7, "comparable": 0.1, "inside": 0.15, "none": 0.05},
                 "mass_kept": 0.72,
                 "source_won": 0.61,
+                "worst_pairs": [{"source": " fusion", "pivot": " fus", "mass": 12.5, "positions": 40}],
+            }
+        ],
+    }
+
+
+def explained_row(name: str, first: str, second: str, whole: str, kind: str = "comparable") -> ExplainedRow:
+    """Two tokens of the pivot under one of the source."""
+    middle, end = len(first), len(first) + len(second)
+    return {
+        "id": name,
+        "source_won": True,
+        "pivot": [
+            {"text": first, "message": 1, "byte_start": 0, "byte_end": middle, "kind": kind, "source_index": 0},
+            {"text": second, "message": 1, "byte_start": middle, "byte_end": end, "kind": "inside", "source_index": 0},
+        ],
+        "source": [
+            {
+                "text": whole,
+                "message": 1,
+                "byte_start": 0,
+                "byte_end": end,
+                "says": [{"text": whole, "probability": 0.5}],
             }
         ],
     }
@@ -88,11 +111,7 @@ def make_extras() -> Extras:
         for matrix in (("q_proj", "up_proj") if layer is not None else ("lm_head",))
         for target in ("qwen", "neox")
     ]
-    example: AlignmentExample = {
-        "id": "row-7",
-        "pivot": [{"text": "fus", "kind": "strict"}, {"text": "ion", "kind": "inside"}],
-        "source": ["fusion"],
-    }
+    example = explained_row("row-7", "fus", "ion", "fusion")
     return {
         "training": {
             "qwen": [
@@ -207,7 +226,8 @@ def test_text_from_outside_is_escaped_everywhere(report: RunReport, extras: Extr
     hostile["versions"] = {HOSTILE: HOSTILE}
     hostile["engine"] = {HOSTILE: HOSTILE}
     weight: MergeWeight = {"layer": 0, "matrix": HOSTILE, "target": HOSTILE, "weight": 1.0}
-    example: AlignmentExample = {"id": HOSTILE, "pivot": [{"text": HOSTILE, "kind": HOSTILE}], "source": [HOSTILE]}
+    example = explained_row(HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE)
+    hostile["alignment"][0]["worst_pairs"] = [{"source": HOSTILE, "pivot": HOSTILE, "mass": 1.0, "positions": 1}]
     more: Extras = {
         "training": {HOSTILE: extras["training"]["qwen"]},
         "merges": {HOSTILE: [weight]},

@@ -111,6 +111,9 @@ def test_a_model_aligned_with_itself_is_the_identity() -> None:
     assert figures["coverage"] == {"strict": 1.0, "comparable": 0.0, "inside": 0.0, "none": 0.0}
     assert figures["top1_agreement"] == 1.0
     assert figures["source_won"] == 1.0
+    assert (figures["positions_won"], figures["positions_from_source"], figures["one_hot"]) == (1.0, 1.0, 0.0)
+    given = aligner(PIVOT, SOURCE, choose="pivot").align(shard(rows), shard(made_up_rows(SOURCE, CONTENTS))).coverage
+    assert given.summary(vocabulary_of(PIVOT), vocabulary_of(SOURCE))["positions_won"] == 0.0
 
 
 def test_equal_inputs_give_equal_bytes() -> None:
