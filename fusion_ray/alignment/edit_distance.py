@@ -18,15 +18,15 @@ def cost_table(
     source: TokenStrings, pivot: TokenStrings, source_ids: Sequence[int], pivot_ids: Sequence[int]
 ) -> npt.NDArray[np.int32]:
     """(S, P) distances between the decoded strings of every source id and every pivot id given."""
-    rows, columns = [source.bare[number] for number in source_ids], [pivot.bare[number] for number in pivot_ids]
+    rows, columns = list(map(source.bare.__getitem__, source_ids)), list(map(pivot.bare.__getitem__, pivot_ids))
     table = _distances(rows, columns)
-    empty_rows = [place for place, text in enumerate(rows) if not text]
-    empty_columns = [place for place, text in enumerate(columns) if not text]
-    if empty_rows or empty_columns:
-        marked = [source.with_marker(source.decoded[number], pivot.marker) for number in source_ids]
-        plain = [pivot.decoded[number] for number in pivot_ids]
-        table[empty_rows] = _distances([marked[place] for place in empty_rows], plain)
-        table[:, empty_columns] = _distances(marked, [plain[place] for place in empty_columns])
+    if "" in rows or "" in columns:
+        marked = list(map(source.marked(pivot.marker).__getitem__, source_ids))
+        plain = list(map(pivot.decoded.__getitem__, pivot_ids))
+        for place in (place for place, text in enumerate(rows) if not text):
+            table[place] = _distances([marked[place]], plain)[0]
+        for place in (place for place, text in enumerate(columns) if not text):
+            table[:, place] = _distances([plain[place]], marked)[0]
     return table
 
 

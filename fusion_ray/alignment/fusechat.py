@@ -132,7 +132,7 @@ def _single_fits(
     mine: int, other: int, pivot: TokenStrings, source: TokenStrings, rules: str, mapped: npt.NDArray[np.int32]
 ) -> bool:
     """One source token: EM wants equal strings, MinED those or ids that map to each other, MS a suffix."""
-    text, theirs = pivot.decoded[mine], source.with_marker(source.decoded[other], pivot.marker)
+    text, theirs = pivot.decoded[mine], source.marked(pivot.marker)[other]
     if rules == "statistics":
         return text.endswith(theirs) or theirs.endswith(text)
     return text == theirs or (rules == "min_edit" and int(mapped[other]) == mine)

@@ -5,7 +5,7 @@ Two kinds: *decoded*, what `decode([id])` gives for the one token, and *piece*, 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -27,6 +27,7 @@ class TokenStrings:
     bos: int = UNKNOWN
     eos: int = UNKNOWN
     unk: int = UNKNOWN
+    _marked: dict[str, list[str]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def size(self) -> int:
@@ -36,6 +37,12 @@ class TokenStrings:
     def bare(self) -> list[str]:
         """Decoded strings without the marker."""
         return [self.without_marker(text) for text in self.decoded]
+
+    def marked(self, marker: str) -> list[str]:
+        """Decoded strings with the marker replaced by another's; made once for each."""
+        if marker not in self._marked:
+            self._marked[marker] = [self.with_marker(text, marker) for text in self.decoded]
+        return self._marked[marker]
 
     @cached_property
     def ids(self) -> Mapping[str, int]:

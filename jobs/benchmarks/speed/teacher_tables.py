@@ -17,6 +17,7 @@ import pyarrow as pa
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
+from fusion_ray.alignment.token_strings import TokenStrings
 from fusion_ray.alignment.vocabulary import END_OF_TURN, Vocabulary
 from fusion_ray.logprobs.codec import TeacherRow, to_table
 
@@ -55,6 +56,24 @@ def tekken_model(name: str = TEKKEN) -> TextModel:
     pieces = [b"" if number in special else tokenizer.id_to_byte_piece(number) for number in range(tokenizer.n_words)]
     vocabulary = Vocabulary(tuple(pieces), special, {END_OF_TURN: tokenizer.eos_id})
     return TextModel(vocabulary, lambda text: tokenizer.encode(text, bos=False, eos=False))
+
+
+def sentencepiece_strings(name: str = SENTENCEPIECE) -> TokenStrings:
+    """What the papers' alignment compares of the same tokenizer."""
+    tokenizer = SentencePieceTokenizer(str(FILES / name))
+    ids = range(tokenizer.n_words)
+    pieces = [tokenizer.id_to_piece(number) for number in ids]
+    return TokenStrings([tokenizer.decode([number]) for number in ids], pieces, "▁", tokenizer.bos_id, tokenizer.eos_id)
+
+
+def tekken_strings(name: str = TEKKEN) -> TokenStrings:
+    """The same of Tekken, whose pieces are written as byte-level tokenizers do, a blank as Ġ."""
+    tokenizer = Tekkenizer.from_file(str(FILES / name))
+    special = tokenizer.num_special_tokens
+    raw = [b"" if number < special else tokenizer.id_to_byte_piece(number) for number in range(tokenizer.n_words)]
+    decoded = [piece.decode("utf-8", "replace") for piece in raw]
+    pieces = [piece.decode("latin-1").replace(" ", "Ġ") for piece in raw]
+    return TokenStrings(decoded, pieces, "Ġ", tokenizer.bos_id, tokenizer.eos_id)
 
 
 def read_texts(file: Path) -> list[str]:
