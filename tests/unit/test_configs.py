@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 from fusion_ray.config import ConfigError, FusionConfig, load_config
+from fusion_ray.graph import build_graph
 from fusion_ray.merging.parameters import complete_parameters
+from fusion_ray.plan import problems
 
 CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))
@@ -33,6 +35,20 @@ def test_every_config_loads(path: Path) -> None:
         assert pool.gpus in (0, pool.engine.get("tensor_parallel_size", 1)), (
             "an engine has as many GPUs as it is split over"
         )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_what_cannot_be_aligned_is_a_problem_of_the_plan(path: Path, tmp_path: Path) -> None:
+    for overrides, expected in (
+        ([], []),
+        (["align.method=fusechat", "align.map=prefix"], ["align.map is 'prefix'"]),
+        (["align.method=fusechat", "align.map=exact", "align.inside=label"], ["align.inside is 'label'"]),
+    ):
+        config = load_config(path, [f"run.storage={tmp_path}", *overrides])
+        graph = build_graph(load("demo"))  # of local models; the problems asked for are the settings' own
+        sizes = dict.fromkeys(model.name for model in (config.pivot, *config.sources))
+        found = [problem for problem in problems(config, graph, sizes, 0.0) if problem.startswith("align.")]
+        assert [problem[: len(start)] for problem, start in zip(found, expected, strict=True)] == expected
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
