@@ -6,8 +6,8 @@
 `spans`: Mistral's SentencePiece (32k, the pivot) against Tekken (131k), map `prefix`, K = 10, real text, shards of 131,072 pivot positions, from the two
 Arrow tables in memory to the aligned one; `_parquet_`: from Parquet bytes to Parquet bytes; `_reversed_`: Tekken as the pivot. A second is one of one
 core's time (processor time of the whole process, so that threads would count double); `_wall` is by the clock, which also counts the time that others
-had the core. The stage is timed by the clock. Figures are medians of the repeats, `_best` the best one. Goals are those of the project's issue 3.
-Progress goes to stderr, one JSON line to stdout.
+had the core. `fusechat` is told of in `align_fusechat.py`. The stage is timed by the clock. Figures are medians of the repeats, `_best` the best one.
+Goals are those of the project's issue 3. Progress goes to stderr, one JSON line to stdout.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from align_fusechat import fusechat
 from fusion_ray.alignment.maps import prefix_map
 from fusion_ray.config import AlignConfig
 from fusion_ray.logprobs.codec import encode
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, help="one part instead of all")
     parser.add_argument("--text", type=Path, default=GSM8K if GSM8K.exists() else CORPUS, help="JSON lines of GSM8K")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--fusechat-repeats", type=int, default=5)
     parser.add_argument("--stage-repeats", type=int, default=3)
     parser.add_argument("--stage-shards", type=int, default=128, help="131,072 positions each")
     given = parser.parse_args()
@@ -48,6 +50,7 @@ def main() -> None:
     texts = read_texts(given.text)
     parts: dict[str, Callable[[], dict[str, Metric]]] = {
         "spans": lambda: spans(texts, repeats=given.repeats),
+        "fusechat": lambda: fusechat(texts, repeats=given.fusechat_repeats),
         "stage": lambda: stage(texts, shards=given.stage_shards, repeats=given.stage_repeats),
     }
     metrics: dict[str, Metric] = {}
