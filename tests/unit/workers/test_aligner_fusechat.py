@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fusion_ray.alignment.counts import PairCounts
+from fusion_ray.alignment.explain import side_by_side, source_kinds
 from fusion_ray.alignment.token_strings import TokenStrings
 from fusion_ray.config import AlignConfig
 from fusion_ray.logprobs.codec import TeacherRow, encode, to_table
@@ -211,3 +212,16 @@ def test_spans_with_statistics_sends_an_id_where_the_corpus_met_it_most() -> Non
             ]
             assert made.mapped[number] == min(ranked)[2]
     assert all(row["source_won"] for row in rows_of(made.align(*sides).data))
+
+
+@pytest.mark.parametrize("rules", ["exact", "statistics"])
+def test_a_row_is_explained_by_the_tokens_whose_rows_were_taken(rules: str) -> None:
+    sides = shard(ROWS["bytelevel"]), shard(ROWS["sentencepiece"])
+    counts = aligner("bytelevel", "sentencepiece", map=rules).count(*sides)
+    made = aligner("bytelevel", "sentencepiece", counts, map=rules)
+    (row,) = made.examples(*sides, {"row-0"}, 1)
+    taken = [token["source_index"] for token in row["pivot"]]
+    assert -1 in taken  # one-hot positions take none
+    assert all(-1 <= index < len(row["source"]) for index in taken)
+    assert sum(line.pivot is not None for line in side_by_side(row)) == len(row["pivot"])
+    assert len(source_kinds(row)) == len(row["source"])
