@@ -101,7 +101,7 @@ def aligned(
         *sides,
         rows,
         mapped=MAPS[vocabulary_map](sides[1].vocabulary, sides[0].vocabulary) if mapped is None else mapped,
-        whole_tokens=vocabulary_map == "exact",
+        whole_tokens=vocabulary_map not in ("prefix", "canonical"),
         chain=chain,
         inside=inside,
         duplicates=duplicates,

@@ -67,8 +67,8 @@ def mapped_back(name: str, vocabulary_map: str) -> np.ndarray:
 
 
 def maps_of(source: str) -> list[str]:
-    """`canonical` asks the pivot's tokenizer for every source piece: seconds for a large vocabulary."""
-    return list(MAPS) if vocabulary(source).size < 2000 else [name for name in MAPS if name != "canonical"]
+    """Those that are made in no time: `canonical` asks the pivot's tokenizer for every source piece, `min_edit` compares it with every pivot piece."""
+    return list(MAPS) if vocabulary(source).size < 2000 else ["exact", "prefix"]
 
 
 @pytest.mark.parametrize("name", SENTENCEPIECE)
@@ -177,12 +177,15 @@ def test_mass_is_moved_and_never_made(
     assert (np.diff(finite, axis=1) <= 0).all()
 
 
-@given(pivot=NAME, source=NAME, rows=ROWS, seed=SEED)
+@given(pivot=NAME, source=NAME, rows=ROWS, seed=SEED, data=st.data())
 @REPEAT
-def test_prefix_conserves_mass(pivot: str, source: str, rows: list[list[str]], seed: int) -> None:
+def test_prefix_and_canonical_conserve_mass(
+    pivot: str, source: str, rows: list[list[str]], seed: int, data: st.DataObject
+) -> None:
+    vocabulary_map = data.draw(st.sampled_from([name for name in maps_of(source) if name in ("prefix", "canonical")]))
     sides = sides_of(pivot, source, without_marker(rows), seed)
     theirs, words = sides[1].positions, vocabulary(source)
-    result = aligned(sides, mapped=mapped(pivot, source, "prefix"))
+    result = aligned(sides, mapped=mapped(pivot, source, vocabulary_map), vocabulary_map=vocabulary_map)
     speaks = np.array([bool(piece) for piece in words.pieces]) & ~words.is_special
     speaks[words.roles[END_OF_TURN]] = True
     if pivot == source:
@@ -243,7 +246,7 @@ def test_a_teacher_of_a_permuted_vocabulary_gives_the_permuted_distribution(
     sides = both(positions, source, words, shuffled)
     assert sides is not None
     result = aligned(sides, mapped=mapped_back(name, vocabulary_map), vocabulary_map=vocabulary_map, chain=chain)
-    for at in range(positions.count):
+    for at in range(0, positions.count, 1 + positions.count // 40):
         expected: dict[int, float] = {}
         for token, probability in distribution(positions.topk_ids[at], positions.topk_logprobs[at]).items():
             if token == positions.label[at] and (chain or token not in words.special):
