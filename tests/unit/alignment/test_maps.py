@@ -65,7 +65,8 @@ def test_canonical_is_how_the_tokenizer_begins_a_word(kind: str) -> None:
             assert source.pieces[number].startswith(pivot.pieces[mapped[number]])
     number = source.id_of(b" the")
     assert number >= 0
-    assert mapped[number] == tokenizer.encode(" the", add_special_tokens=False)[0]
+    # within a text: at its beginning Llama 2's manner puts a blank of its own before this one
+    assert mapped[number] == tokenizer.encode("see the", add_special_tokens=False)[-1]
 
 
 def test_canonical_without_a_tokenizer_is_refused() -> None:
