@@ -148,7 +148,8 @@ def _place(token: ExplainedToken) -> str:
 
 
 def _token(text: str, kind: str = "") -> str:
-    return f'<span class="tokens"><span class="{escape(kind)}">{_shown(text)}</span></span>'
+    coloured = f' class="{escape(kind)}"' if kind else ""
+    return f'<span class="tokens"><span{coloured}>{_shown(text)}</span></span>'
 
 
 def _shown(text: str) -> str:

@@ -52,6 +52,8 @@ def test_report_json_holds_what_the_run_made(first_run: dict[str, object]) -> No
     for aligned in first_run["alignment"]:  # type: ignore[attr-defined]
         assert sum(aligned["coverage"].values()) == pytest.approx(1, abs=1e-6)
         assert 0 < aligned["mass_kept"] <= 1
+        assert None not in aligned.values()
+        assert aligned["worst_pairs"]
     assert first_run["engine"]["teach"].startswith("vllm ")  # type: ignore[index]
     assert "ray serve" in first_run["engine"]["serve"]  # type: ignore[index]
 
