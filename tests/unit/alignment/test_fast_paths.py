@@ -91,8 +91,11 @@ def test_an_unsure_edge_is_settled_by_the_other_sides_bytes(lengths: list[int], 
     spans = list(itertools.pairwise(np.cumsum([0, *lengths]).tolist()))
     cut, before = data.draw(st.integers(0, len(text) - 1)), data.draw(st.integers(0, 2))
     pivot_words = Vocabulary([b"." + text[cut:], text[cut:] + b".", text[:cut] or b"?"])
-    source_words = Vocabulary([text[start:end] for start, end in spans])
-    other = positions_of([[Token(2, start, end, n) for n, (start, end) in enumerate(spans)]] * (before + 1), 1)
+    source_words = Vocabulary(
+        [text[start:end] for start, end in spans] + [b"z" * (end - start) for start, end in spans]
+    )
+    rows = [[Token(2, *span, number + other) for number, span in enumerate(spans)] for other in (0, len(spans))]
+    other = positions_of([rows[1]] * before + [rows[0]], 1)
     for label, lead in ((0, 1), (1, 0)):
         row = [Token(2, 0, cut, 2)] * (cut > 0) + [Token(2, cut, len(text), label)]
         mine = positions_of([[]] * before + [row], 1)
