@@ -27,8 +27,8 @@ class Candidate(TypedDict):
 class ExplainedToken(TypedDict, total=False):
     """A predicted token: its text and its bytes within message `message`.
 
-    Of the pivot: the match, and in `becomes` the source's likeliest tokens there as ids of the pivot, empty where nothing could be carried over.
-    Of the source: in `says` its likeliest tokens there. Artefacts of earlier versions have neither list.
+    Of the pivot: the match, in `becomes` the source's likeliest tokens there as ids of the pivot, empty where nothing could be carried over, and
+    whether they are what is taught there. Of the source: in `says` its likeliest tokens there. Artefacts of earlier versions have the match alone.
     """
 
     text: str
@@ -38,6 +38,7 @@ class ExplainedToken(TypedDict, total=False):
     kind: str
     source_index: int
     becomes: list[Candidate]
+    from_source: bool
     says: list[Candidate]
 
 
@@ -73,6 +74,7 @@ def explained(aligned: "Aligned", pivot: "Side", source: "Side", row: int, name:
         index = int(aligned.source_index[at])
         token["kind"] = MatchKind(int(aligned.kind[at])).name.lower()
         token["source_index"] = index - first if index >= 0 else -1
+        token["from_source"] = bool(aligned.from_source[at])
         token["becomes"] = _likeliest(pivot.vocabulary, carried.topk_ids[at], carried.topk_logprobs[at])
     for token, at in zip(source_tokens, theirs, strict=True):
         token["says"] = _likeliest(source.vocabulary, source.positions.topk_ids[at], source.positions.topk_logprobs[at])

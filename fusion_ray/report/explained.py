@@ -21,6 +21,7 @@ WORDS = {
     "inside": "begins within the other side's token",
     "none": "nothing on the other side",
 }
+TAUGHT = "*"
 GOES_ON = "┆"  # a token of this side goes on here
 HEADINGS = ("bytes", "", "pivot", "source", "source says", "in the pivot's vocabulary")
 GAP = "  "
@@ -63,7 +64,7 @@ class ExplainedView:
         legend = Text()
         for kind, words in WORDS.items():
             legend.append(f"{MARKS[kind]} {words}", style=STYLES[kind]).append(GAP)
-        yield legend.append(f"{GOES_ON} goes on", style="dim")
+        yield legend.append(f"{TAUGHT} the source teaches here{GAP}{GOES_ON} goes on", style="dim")
 
     def _cells(self) -> Iterator[list[Text]]:
         yield [Text(heading, style="dim") for heading in HEADINGS]
@@ -81,9 +82,10 @@ class ExplainedView:
                     reach[side] = (message, own["byte_end"])
                 goes_on = reach[side][0] == message and start < reach[side][1]
                 texts.append(_cut(visible(own["text"])) if own is not None else GOES_ON if goes_on else "")
+            taught = TAUGHT if line.pivot and line.pivot.get("from_source") else ""
             yield [
                 Text(f"{message}:{start}-{token['byte_end']}", style="dim"),
-                Text(MARKS.get(kind, ""), style=STYLES.get(kind, "")),
+                Text(MARKS.get(kind, "") + taught, style=STYLES.get(kind, "")),
                 *(Text(text, style=STYLES.get(own_kind, "dim")) for text, own_kind in zip(texts, kinds, strict=True)),
                 _candidates(line.source.get("says") if line.source else None),
                 _candidates(line.pivot.get("becomes") if line.pivot else None),

@@ -111,7 +111,7 @@ def test_shards_are_aligned_side_by_side_and_the_manifest_tells_the_coverage(
     examples = json.loads(out.read_bytes("examples.json"))
     assert [row["id"] for row in examples] == [f"row-{number}" for number in range(len(CONTENTS))]
     place = {"text", "message", "byte_start", "byte_end"}
-    assert examples[0]["pivot"][0].keys() == place | {"kind", "source_index", "becomes"}
+    assert examples[0]["pivot"][0].keys() == place | {"kind", "source_index", "becomes", "from_source"}
     assert examples[0]["source"][0].keys() == place | {"says"}
     shown = explained_row(*rows, pivot=models[0], source=models[1], config=AlignConfig(), row="row-5")
     assert shown == examples[5]

@@ -197,6 +197,7 @@ def test_an_added_token_in_the_text_meets_the_tokens_of_the_other_side(
             ids, logprobs = (turned[name][at * K : (at + 1) * K] for name in ("topk_ids", "topk_logprobs"))
             known = [token for token, logprob in zip(ids, logprobs, strict=True) if logprob > -np.inf]
             assert known == ([] if inside == "skip" else [label[at]])
+            assert inside == "skip" or logprobs[0] == 0.0
 
 
 def test_an_id_beyond_the_padding_is_a_fault_of_the_row(

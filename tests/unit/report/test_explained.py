@@ -27,7 +27,9 @@ def row() -> ExplainedRow:
         "pivot_bits": 1.25,
         "source_bits": 0.5,
         "pivot": [
-            token("The", 0, 3, kind="strict", source_index=0, becomes=says(("The", 0.5), ("A", 0.25))),
+            token(
+                "The", 0, 3, kind="strict", source_index=0, becomes=says(("The", 0.5), ("A", 0.25)), from_source=True
+            ),
             token(" quick", 3, 9, kind="comparable", source_index=1, becomes=says((" quick", 0.4))),
             token(" br", 9, 12, kind="comparable", source_index=3, becomes=[]),
             token("own", 12, 15, kind="inside", source_index=3, becomes=[]),
@@ -83,7 +85,7 @@ def test_plain_output_has_marks_and_no_colour() -> None:
     assert headings.split("  ")[0] == "bytes"
     cells = [line.split() for line in lines]
     assert cells == [
-        ["1:0-3", "=", "The", "The", "The", "0.50", "A", "0.25", "The", "0.50", "A", "0.25"],
+        ["1:0-3", "=*", "The", "The", "The", "0.50", "A", "0.25", "The", "0.50", "A", "0.25"],
         ["1:3-9", "<", "·quick", "·qu", "·qu", "0.80", "·quick", "0.40"],
         ["1:6-9", "┆", "ick", "ick", "0.50", "↵", "0.12"],
         ["1:9-12", "<", "·br", "·brown", "·brown", "0.70"],

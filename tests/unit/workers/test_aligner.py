@@ -220,6 +220,11 @@ def test_a_row_is_explained_in_both_tokenizations() -> None:
     assert row["source"][0]["says"][0] == {"text": " The", "probability": 0.5}
     assert row["pivot"][0]["becomes"][0] == {"text": "The", "probability": 0.5}
     assert len(row["pivot"][1]["becomes"]) == 3
+    assert not any(token["from_source"] for token in row["pivot"])  # the pivot is surer of these bytes
+    (taught,) = aligner(choose="source").examples(*sides, {"row-0"}, 1)
+    assert [token["from_source"] for token in taught["pivot"]] == [
+        token["kind"] != "inside" for token in taught["pivot"]
+    ]
     assert row["pivot_bits"] == pytest.approx(np.log2(2) * len(row["pivot"]) / len(CONTENTS[0]), abs=1e-3)
     assert [shown["id"] for shown in aligner().examples(*sides, None, 3)] == ["row-0", "row-2", "row-4"]
 
