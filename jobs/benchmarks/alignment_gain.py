@@ -1,0 +1,170 @@
+"""What another tokenizer costs: the share of a same-tokenizer teacher's gain over plain fine-tuning that each alignment carries, with real training.
+
+    .venv/bin/python jobs/benchmarks/alignment_gain.py                               # every arm, 3 seeds: some hours on two cores
+    .venv/bin/python jobs/benchmarks/alignment_gain.py --seeds 1 --arms sft same_tokenizer spans_canonical_chain
+
+Two teachers of equal strength and a weak pivot are trained on GSM8K (--data): `same` has the pivot's byte-level tokenizer (2,400 entries), `other` one of
+1,024. Then the stages themselves run, teach (vLLM), align and distill (Ray Train, DeepSpeed), once an arm and a seed, on the same rows and steps. The
+figure is held-out bits per byte of the answers to test problems, lower is better; an arm's share is (SFT - arm) / (SFT - same tokenizer), seed by seed.
+Seeds order the training rows; teachers, pivot and rows are the same. The probe is that of arXiv 2402.16107's objective at lm_weight 0.3 with `sft` where
+the pivot wins. Everything is kept in --work, so a run that was cut off goes on. Progress goes to stderr, one JSON line to stdout.
+"""
+
+import argparse
+import logging
+import math
+import os
+import statistics
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fusion_ray.config import FusionConfig, parse_config
+from fusion_ray.graph import SFT, Graph, Node, build_graph
+from fusion_ray.pipeline import run_graph
+from fusion_ray.stages.cluster import connected
+from probe.arms import ARMS, NONE, OTHER, SAME, Arm
+from probe.listener import Quiet
+from probe.models import MAX_LENGTH, Made, Problem, bits_per_byte, make, read_problems, write_conversations
+from speed.line import Metric, line, metric, progress
+
+ROOT = Path(__file__).resolve().parents[2]
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
+MODELS = (
+    Made("pivot", vocabulary=2400, width=96, layers=3, epochs=0.3, seed=3),
+    Made(SAME, vocabulary=2400, width=128, layers=4, epochs=5, seed=1),
+    Made(OTHER, vocabulary=1024, width=160, layers=4, epochs=5, seed=2),
+)
+GOAL = 0.9  # of the same-tokenizer gain
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=GSM8K, help="folder with GSM8K's train.jsonl and test.jsonl")
+    parser.add_argument("--work", type=Path, default=Path("runs/benchmarks/alignment_gain"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=900)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--heldout", type=int, default=300, help="test problems that are scored")
+    parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], metavar="ARM", help="these alone")
+    parser.add_argument("--side-by-side", type=int, default=2, help="trainings at a time, one core each")
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("fusion_ray").setLevel(logging.WARNING)
+    before = os.getloadavg()
+    torch.set_num_threads(1)
+    train, test = (read_problems(given.data / name) for name in ("train.jsonl", "test.jsonl"))
+    heldout = test[: given.heldout]
+    work = given.work.resolve()
+    teachers = {made.name: make(made, work / made.name, train, heldout)["bits_per_byte"] for made in MODELS}
+    corpus = write_conversations(work / f"corpus-{given.rows}.jsonl", train[: given.rows])
+    arms = [arm for arm in ARMS if given.arms is None or arm.name in given.arms]
+    runs = [(arm, seed, config_of(arm, seed, work, corpus, given)) for seed in range(given.seeds) for arm in arms]
+    with connected(runs[0][2].resources):
+        folders = train_all(runs, given.side_by_side)
+        found: dict[str, list[float]] = {arm.name: [] for arm in arms}
+        for (arm, seed, _), folder in zip(runs, folders, strict=True):
+            found[arm.name].append(score(folder, heldout))
+            progress(f"{arm.name}, seed {seed}: {found[arm.name][-1]:.4f} bits per byte")
+    metrics = {f"bits_per_byte_{name}": metric(value, "bits/byte") for name, value in teachers.items()}
+    loads = (before[0], os.getloadavg()[0])
+    packages = ("torch", "ray", "vllm", "deepspeed", "transformers")
+    print(line("alignment_gain", metrics | figures(found), loads=loads, packages=packages))
+
+
+def config_of(arm: Arm, seed: int, work: Path, corpus: Path, given: argparse.Namespace) -> FusionConfig:
+    teacher = SAME if arm.teacher == NONE else arm.teacher
+    return parse_config(
+        {
+            "run": {"name": f"{arm.name}-{seed}", "storage": str(work / "runs"), "seed": seed},
+            "pivot": {"name": "pivot", "path": str(work / "pivot"), "dtype": "float32"},
+            "sources": [{"name": teacher, "path": str(work / teacher), "dtype": "float32"}],
+            "corpus": {"path": str(corpus), "format": "messages", "rows_per_shard": 300},
+            "teach": {"top_k": 10, "max_length": MAX_LENGTH} | dict(arm.teach),
+            "align": {"choose": "min_ce", "per": "sequence", "unit": "byte"} | dict(arm.align),
+            "distill": {
+                "lm_weight": 0.3,
+                "on_pivot_win": "sft",
+                "epochs": given.epochs,
+                "batch_size": 32,
+                "micro_batch_size": 16,
+                "learning_rate": 1e-3,
+                "warmup_ratio": 0.05,
+                "max_length": MAX_LENGTH,
+                "precision": "float32",
+                "export_dtype": "float32",
+                "checkpoint_every": 10_000,
+                "sft_control": arm.teacher == NONE,
+            }
+            | dict(arm.distill),
+            "merge": {"methods": [{"method": "linear"}]},
+            "resources": {
+                "num_cpus": 8,
+                "object_store_gb": 0.3,
+                "teach": {"min_workers": 1, "max_workers": 1},
+                "distill": {"min_workers": 1, "max_workers": 1},
+            },
+        }
+    )
+
+
+def train_all(runs: Sequence[tuple[Arm, int, FusionConfig]], side_by_side: int) -> list[str]:
+    """The trained model's folder of every run. Arms share teach and align artefacts, so those are made first, one after another."""
+    graphs = [build_graph(config) for _, _, config in runs]
+    lock = threading.Lock()
+    done = 0
+
+    def run(number: int) -> str:
+        nonlocal done
+        arm, seed, config = runs[number]
+        node = graphs[number].distill[SFT if arm.teacher == NONE else arm.teacher]
+        run_graph(config, graphs[number], [node], Quiet())
+        with lock:
+            done += 1
+            progress(f"{arm.name}, seed {seed}: trained ({done} of {len(runs)})")
+        return node.artifact.local_folder()
+
+    for (arm, _, config), graph in zip(runs, graphs, strict=True):
+        run_graph(config, graph, _data(arm, graph), Quiet())
+    progress("taught and aligned")
+    with ThreadPoolExecutor(side_by_side) as pool:
+        return list(pool.map(run, range(len(runs))))
+
+
+def _data(arm: Arm, graph: Graph) -> list[Node]:
+    return [graph.teach["pivot"]] if arm.teacher == NONE else [graph.align[arm.teacher]]
+
+
+def score(folder: str, heldout: Sequence[Problem]) -> float:
+    """Held-out bits per byte of a trained model, kept beside it."""
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return bits_per_byte(network, AutoTokenizer.from_pretrained(folder), heldout)
+
+
+def figures(found: Mapping[str, Sequence[float]]) -> dict[str, Metric]:
+    """Mean bits per byte of every arm, its seeds' standard error, and the share of the same-tokenizer gain with its own."""
+    metrics: dict[str, Metric] = {}
+    sft, same = found.get("sft"), found.get("same_tokenizer")
+    for name, values in found.items():
+        metrics[f"bits_per_byte_{name}"] = metric(statistics.mean(values), "bits/byte")
+        metrics[f"standard_error_{name}"] = metric(_standard_error(values), "bits/byte")
+        if sft is None or same is None or name in ("sft", "same_tokenizer"):
+            continue
+        shares = [(s - v) / (s - t) for s, v, t in zip(sft, values, same, strict=True)]
+        at_least = GOAL if name.startswith("spans_canonical_chain") else None
+        metrics[f"gain_share_{name}"] = metric(statistics.mean(shares), "of the same-tokenizer gain", at_least=at_least)
+        metrics[f"gain_share_standard_error_{name}"] = metric(_standard_error(shares), "of the same-tokenizer gain")
+    return metrics
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+if __name__ == "__main__":
+    main()
