@@ -6,6 +6,7 @@ Workers are started and warmed before anything is timed, and each has one core: 
 
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -40,6 +41,7 @@ def stage_seconds(texts: Sequence[str], *, shards: int, repeats: int) -> list[li
         }
 
         def run(workers: int, count: int) -> None:
+            started = time.perf_counter()
             out = store.artifact("align", ALIGN_FORMAT, {"workers": workers}, {})
             align(
                 out,
@@ -51,7 +53,7 @@ def stage_seconds(texts: Sequence[str], *, shards: int, repeats: int) -> list[li
                 report=lambda figures: None,
             )
             out.remove()
-            progress(f"align stage: {count} shards by {workers} worker(s)")
+            progress(f"align stage: {count} shards by {workers} worker(s) in {time.perf_counter() - started:.1f} s")
 
         run(max(WORKERS), len(WORKERS) * 2)
         return [times.wall for times in timed(*(partial(run, workers, shards) for workers in WORKERS), repeats=repeats)]
