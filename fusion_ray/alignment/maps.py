@@ -127,7 +127,7 @@ def map_pieces(
     for number in range(offsets.size - 1):
         node = np.int64(0)
         for index in range(offsets[number], offsets[number + 1]):
-            node = child(trie, node, blob[index])
+            node = child(trie.keys, trie.nodes, node, blob[index])
             if node == -1:
                 break
             if not whole and trie.token[node] != -1:

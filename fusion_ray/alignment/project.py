@@ -29,7 +29,7 @@ from numba import njit
 from fusion_ray.alignment.edges import Edges
 from fusion_ray.alignment.positions import Bools, Positions
 from fusion_ray.alignment.spans import COMPARABLE, INSIDE, STRICT
-from fusion_ray.alignment.trie import Trie, child
+from fusion_ray.alignment.trie import child
 from fusion_ray.alignment.vocabulary import Vocabulary
 
 Inside = Literal["skip", "label", "condition"]
@@ -143,61 +143,46 @@ class _Bytes(NamedTuple):
     special: Bools
 
 
+# Helpers take arrays, not the NamedTuples: a call that passes a tuple counts a reference to each of its arrays, which costs more than the helper does.
 @njit(cache=True)
-def _begins_with(words: _Bytes, token: int, label: int, length: int) -> bool:
-    """Whether the piece of `token` begins with the first `length` bytes of the piece of `label`."""
-    at, like = words.offsets[token], words.offsets[label]
-    if words.offsets[token + 1] - at < length or words.offsets[label + 1] - like < length:
+def _same_bytes(first: npt.NDArray[np.uint8], start: int, end: int, second: npt.NDArray[np.uint8], begin: int, stop: int, length: int) -> bool:  # fmt: skip
+    """Whether the pieces `first[start:end]` and `second[begin:stop]` begin with the same `length` bytes."""
+    if end - start < length or stop - begin < length:
         return False
     for index in range(length):  # noqa: SIM110  # numba compiles the loop, not the generator
-        if words.blob[at + index] != words.blob[like + index]:
+        if first[start + index] != second[begin + index]:
             return False
     return True
 
 
 @njit(cache=True)
-def _same_start(first: _Bytes, token: int, second: _Bytes, label: int, length: int) -> bool:
-    """Whether the pieces of `token` and `label`, of two vocabularies, begin with the same `length` bytes."""
-    at, like = first.offsets[token], second.offsets[label]
-    if first.offsets[token + 1] - at < length or second.offsets[label + 1] - like < length:
-        return False
-    for index in range(length):  # noqa: SIM110  # numba compiles the loop, not the generator
-        if first.blob[at + index] != second.blob[like + index]:
-            return False
-    return True
+def _walk(  # type: ignore[no-untyped-def]  # compiled, see _project
+    keys, nodes, token, blob, start, end, node, found
+):
+    """From `node` along `blob[start:end]`: the node where that ends, -1 where it leaves the trie, and the last id passed, `found` where none was."""
+    for index in range(start, end):
+        if node == -1:
+            break
+        node = child(keys, nodes, node, blob[index])
+        if node != -1 and token[node] != -1:
+            found = np.int64(token[node])
+    return node, found
 
 
 @njit(cache=True)
-def _look_up(
-    trie: Trie, first: _Bytes, label: int, lead: int, second: _Bytes, token: int, skip: int, cut: int, whole: bool
-) -> np.int64:
-    """The pivot id of `lead` bytes of the piece of `label` followed by the piece of `token` without its first `skip` and last `cut` bytes, or -1."""
-    node, found = np.int64(0), np.int64(-1)
-    at = first.offsets[label]
-    start, end = second.offsets[token] + skip, second.offsets[token + 1] - cut
-    total = lead + max(0, end - start)
-    for index in range(total):
-        byte = first.blob[at + index] if index < lead else second.blob[start + index - lead]
-        node = child(trie, node, byte)
-        if node == -1:
-            return np.int64(-1) if whole else found
-        if trie.token[node] != -1:
-            found = np.int64(trie.token[node])
-    return np.int64(trie.token[node]) if whole and total > 0 else found
+def _begin(keys, nodes, token, blob, offsets, label, length):  # type: ignore[no-untyped-def]  # compiled, see _project
+    """`_walk` from the root along the first `length` bytes of the piece of `label`; a control token in the text has a span, but no bytes."""
+    if offsets[label + 1] - offsets[label] < length:
+        return np.int64(-1), np.int64(-1)
+    return _walk(keys, nodes, token, blob, offsets[label], offsets[label] + length, np.int64(0), np.int64(-1))
 
 
 @njit(cache=True)
-def _ids_beginning(trie: Trie, words: _Bytes, label: int, length: int) -> np.int64:
-    """How many ids of the source begin with the first `length` bytes of the piece of `label`."""
-    node = np.int64(0)
-    at = words.offsets[label]
-    if words.offsets[label + 1] - at < length:
-        return np.int64(0)  # a control token in the text: it has a span, but no bytes of its own
-    for index in range(length):
-        node = child(trie, node, words.blob[at + index])
-        if node == -1:
-            return np.int64(0)
-    return np.int64(trie.below[node])
+def _end(token, whole, node, found):  # type: ignore[no-untyped-def]  # compiled, see _project
+    """The id that a walk to `node` came upon last, or with `whole` the one that ends there; -1 where there is none."""
+    if not whole:
+        return found
+    return np.int64(token[node]) if node > 0 else np.int64(-1)
 
 
 @njit(cache=True)
@@ -229,14 +214,14 @@ def _descending(ids: npt.NDArray[np.int64], mass: npt.NDArray[np.float64], used:
 
 
 @njit(cache=True)
-def _most_pieces(wanted, source_index, pivot, source):  # type: ignore[no-untyped-def]  # compiled, see project
+def _most_pieces(wanted, source_index, end_p, start, end, message):  # type: ignore[no-untyped-def]  # compiled, see project
     """The largest number of source tokens that begin within one pivot token, the matched one included."""
     most = np.int64(1)
     for number in range(wanted.size):
         i = wanted[number]
         j = np.int64(source_index[i])
         count = np.int64(1)
-        while _goes_on(pivot, source, i, j):
+        while _goes_on(end_p[i], start, end, message, j):
             j += 1
             count += 1
         most = max(most, count)
@@ -244,15 +229,15 @@ def _most_pieces(wanted, source_index, pivot, source):  # type: ignore[no-untype
 
 
 @njit(cache=True)
-def _goes_on(pivot, source, i, j):  # type: ignore[no-untyped-def]  # compiled, see project
-    """Whether the pivot's token i goes on behind the source's token j, and the source's next token begins right there."""
+def _goes_on(until, start, end, message, j):  # type: ignore[no-untyped-def]  # compiled, see project
+    """Whether a pivot token that ends at byte `until` goes on behind the source's token j, and the source's next token begins right there."""
     return (
-        source.end[j] < pivot.end[i]
-        and source.start[j] < source.end[j]
-        and j + 1 < source.start.size
-        and source.message[j + 1] == source.message[j]
-        and source.start[j + 1] == source.end[j]
-        and source.end[j + 1] > source.start[j + 1]
+        end[j] < until
+        and start[j] < end[j]
+        and j + 1 < start.size
+        and message[j + 1] == message[j]
+        and start[j + 1] == end[j]
+        and end[j + 1] > start[j + 1]
     )
 
 
@@ -262,7 +247,11 @@ def _project(  # type: ignore[no-untyped-def]  # compiled, see project
     whole, chain, add, out_ids, out_logprobs, moved, seen,
 ):  # fmt: skip
     K, Q = topk_ids.shape[1], out_ids.shape[1]
-    room = (K + 1) * (_most_pieces(wanted, source_index, pivot, source) if chain else 1)
+    start_s, end_s, message_s, blob_p, blob_s, at_p, at_s = (
+        source.start, source.end, source.message, words_p.blob, words_s.blob, words_p.offsets, words_s.offsets,
+    )  # fmt: skip
+    keys, nodes, ends = trie_p.keys, trie_p.nodes, trie_p.token
+    room = (K + 1) * (_most_pieces(wanted, source_index, pivot.end, start_s, end_s, message_s) if chain else 1)
     ids = np.empty(room, np.int64)
     mass = np.empty(room, np.float64)
     for number in range(wanted.size):
@@ -278,16 +267,21 @@ def _project(  # type: ignore[no-untyped-def]  # compiled, see project
             label = np.int64(source.label[j])
             skip = source.lead[j] + consumed
             lead = np.int64(pivot.lead[i]) + told
-            goes_on = chain and _goes_on(pivot, source, i, j)
+            goes_on = chain and _goes_on(pivot.end[i], start_s, end_s, message_s, j)
             known = label_to_label or (chain and source.end[j] >= pivot.end[i])  # the label is the pivot's own
             cut_off = chain and not known and not goes_on  # the source says no more of the pivot's token
             plain = told == 0 and (
                 (skip == 0 and lead == 0)
-                or (consumed == 0 and lead == skip and _same_start(words_p, mine, words_s, label, skip))
+                or (
+                    consumed == 0
+                    and lead == skip
+                    and _same_bytes(blob_p, at_p[mine], at_p[mine + 1], blob_s, at_s[label], at_s[label + 1], skip)
+                )
             )
             total = 0.0  # of the stored candidates
             fitting = 0.0  # of those that begin with the consumed bytes
             fitting_ids = 0
+            root, found = _begin(keys, nodes, ends, blob_p, at_p, mine, lead)
             of_label = np.exp(min(0.0, np.float64(source.label_logprob[j])))
             label_seen = False
             for k in range(K + 1):
@@ -317,19 +311,24 @@ def _project(  # type: ignore[no-untyped-def]  # compiled, see project
                     seen[token] += 1
                 elif words_s.special[token]:
                     if told > 0 and mapped[token] >= 0:  # the turn ends behind what was told
-                        target = _look_up(trie_p, words_p, mine, lead, words_s, label, 0, 1 << 30, whole)
+                        target = _end(ends, whole, root, found)
                     else:
                         target = np.int64(mapped[token]) if consumed == 0 and told == 0 else np.int64(-1)
-                elif not _begins_with(words_s, token, label, skip):
+                elif not _same_bytes(blob_s, at_s[token], at_s[token + 1], blob_s, at_s[label], at_s[label + 1], skip):
                     target = np.int64(-1)
                 else:
                     fitting += mass_here
                     fitting_ids += 1
-                    target = _look_up(trie_p, words_p, mine, lead, words_s, token, skip, cut, whole)
+                    target = _end(
+                        ends,
+                        whole,
+                        *_walk(keys, nodes, ends, blob_s, at_s[token] + skip, at_s[token + 1] - cut, root, found),
+                    )
                 if target >= 0:
                     used = _put(ids, mass, used, target, share * mass_here, add)
             if consumed > 0:
-                others = _ids_beginning(trie_s, words_s, label, skip) - fitting_ids
+                node, _ = _begin(trie_s.keys, trie_s.nodes, trie_s.token, blob_s, at_s, label, skip)
+                others = (int(trie_s.below[node]) if node != -1 else 0) - fitting_ids
                 outside = max(1, trie_s.below[0] - K)
                 scale = fitting + max(0.0, 1.0 - total) * max(0, others) / outside
                 share = 1.0 / scale if scale > 0.0 else 0.0

@@ -46,11 +46,14 @@ def _slot(keys: npt.NDArray[np.int64], key: int) -> int:
 
 
 @njit(cache=True)
-def child(trie: Trie, node: int, byte: int) -> np.int64:
-    """The node below `node` along `byte`, or -1."""
+def child(keys: npt.NDArray[np.int64], nodes: npt.NDArray[np.int32], node: int, byte: int) -> np.int64:
+    """The node below `node` along `byte`, or -1.
+
+    It takes the trie's arrays: a call that passes a NamedTuple counts a reference to each of its arrays, which costs more than the look-up.
+    """
     key = np.int64(node) * 256 + byte
-    slot = _slot(trie.keys, key)
-    return np.int64(trie.nodes[slot]) if trie.keys[slot] == key else np.int64(-1)
+    slot = _slot(keys, key)
+    return np.int64(nodes[slot]) if keys[slot] == key else np.int64(-1)
 
 
 @njit(cache=True)

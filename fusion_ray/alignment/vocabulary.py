@@ -80,7 +80,7 @@ class Vocabulary:
         """The id of exactly these bytes, or -1."""
         node = 0
         for byte in piece:
-            node = int(child(self.trie, node, byte))
+            node = int(child(self.trie.keys, self.trie.nodes, node, byte))
             if node == NO_NODE:
                 return NO_TOKEN
         return int(self.trie.token[node])
@@ -89,7 +89,7 @@ class Vocabulary:
         """The id of the longest piece that `text` starts with, or -1."""
         node, found = 0, NO_TOKEN
         for byte in text:
-            node = int(child(self.trie, node, byte))
+            node = int(child(self.trie.keys, self.trie.nodes, node, byte))
             if node == NO_NODE:
                 break
             if self.trie.token[node] != NO_TOKEN:
