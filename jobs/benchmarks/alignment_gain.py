@@ -1,13 +1,15 @@
 """What another tokenizer costs: the share of a same-tokenizer teacher's gain over plain fine-tuning that each alignment carries, with real training.
 
-    .venv/bin/python jobs/benchmarks/alignment_gain.py                               # every arm, 3 seeds: some hours on two cores
-    .venv/bin/python jobs/benchmarks/alignment_gain.py --seeds 1 --arms sft same_tokenizer spans_canonical_chain
+    .venv/bin/python jobs/benchmarks/alignment_gain.py                               # every arm, 3 seeds, both directions: some hours on two cores
+    .venv/bin/python jobs/benchmarks/alignment_gain.py --directions longer_source --arms sft same_tokenizer spans_canonical_chain
 
-Two teachers of equal strength and a weak pivot are trained on GSM8K (--data): `same` has the pivot's byte-level tokenizer (2,400 entries), `other` one of
-1,024. Then the stages themselves run, teach (vLLM), align and distill (Ray Train, DeepSpeed), once an arm and a seed, on the same rows and steps. The
-figure is held-out bits per byte of the answers to test problems, lower is better; an arm's share is (SFT - arm) / (SFT - same tokenizer), seed by seed.
-Seeds order the training rows; teachers, pivot and rows are the same. The probe is that of arXiv 2402.16107's objective at lm_weight 0.3 with `sft` where
-the pivot wins. Everything is kept in --work, so a run that was cut off goes on. Progress goes to stderr, one JSON line to stdout.
+Two teachers of equal strength (1.39 bits per byte) and two weak pivots are trained on GSM8K (--data) in byte-level vocabularies of 2,400 and of 1,024
+entries. Direction `longer_source`: the pivot has the 1,024, the other teacher the longer tokens; `shorter_source`: the reverse. Then the stages themselves
+run, teach (vLLM), align and distill (Ray Train, DeepSpeed), once an arm and a seed, on the same rows and steps. The figure is held-out bits per byte of
+the answers to test problems, lower is better; an arm's share is (SFT - arm) / (SFT - same tokenizer), seed by seed, where `same_tokenizer` keeps the
+top 10 whatever the arm keeps; `same_tokenizer_k64` is there to be compared with at 64. Seeds order the training rows; teachers, pivots and rows are the
+same. The objective is that of arXiv 2402.16107 with lm_weight 0.3 and `sft` where the pivot wins. Everything is kept in --work, so a run that was cut
+off goes on. Progress goes to stderr, one JSON line to stdout.
 """
 
 import argparse
@@ -19,13 +21,14 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusion_ray.config import FusionConfig, parse_config
-from fusion_ray.graph import SFT, Graph, Node, build_graph
+from fusion_ray.graph import SFT, build_graph
 from fusion_ray.pipeline import run_graph
 from fusion_ray.stages.cluster import connected
 from probe.arms import ARMS, NONE, OTHER, SAME, Arm
@@ -35,11 +38,17 @@ from speed.line import Metric, line, metric, progress
 
 ROOT = Path(__file__).resolve().parents[2]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
+LONG, SHORT = 2400, 1024
 MODELS = (
-    Made("pivot", vocabulary=2400, width=96, layers=3, epochs=0.3, seed=3),
-    Made(SAME, vocabulary=2400, width=128, layers=4, epochs=5, seed=1),
-    Made(OTHER, vocabulary=1024, width=160, layers=4, epochs=5, seed=2),
+    Made("pivot_2400", vocabulary=LONG, width=96, layers=3, epochs=0.15, seed=3),
+    Made("pivot_1024", vocabulary=SHORT, width=96, layers=3, epochs=0.15, seed=3),
+    Made("teacher_2400", vocabulary=LONG, width=128, layers=4, epochs=1.35, seed=1),
+    Made("teacher_1024", vocabulary=SHORT, width=128, layers=4, epochs=1.55, seed=2),
 )
+DIRECTIONS = {
+    "longer_source": (SHORT, LONG),
+    "shorter_source": (LONG, SHORT),
+}  # the pivot's vocabulary, the other teacher's
 GOAL = 0.9  # of the same-tokenizer gain
 
 
@@ -51,6 +60,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=900)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--heldout", type=int, default=300, help="test problems that are scored")
+    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], metavar="ARM", help="these alone")
     parser.add_argument("--side-by-side", type=int, default=2, help="trainings at a time, one core each")
     given = parser.parse_args()
@@ -64,33 +74,59 @@ def main() -> None:
     teachers = {made.name: make(made, work / made.name, train, heldout)["bits_per_byte"] for made in MODELS}
     corpus = write_conversations(work / f"corpus-{given.rows}.jsonl", train[: given.rows])
     arms = [arm for arm in ARMS if given.arms is None or arm.name in given.arms]
-    runs = [(arm, seed, config_of(arm, seed, work, corpus, given)) for seed in range(given.seeds) for arm in arms]
-    with connected(runs[0][2].resources):
-        folders = train_all(runs, given.side_by_side)
-        found: dict[str, list[float]] = {arm.name: [] for arm in arms}
-        for (arm, seed, _), folder in zip(runs, folders, strict=True):
-            found[arm.name].append(score(folder, heldout))
-            progress(f"{arm.name}, seed {seed}: {found[arm.name][-1]:.4f} bits per byte")
+    runs = [
+        Run(arm, direction, seed, config_of(arm, direction, seed, work, corpus, given.epochs))
+        for seed in range(given.seeds)
+        for direction in given.directions
+        for arm in arms
+    ]
+    found: dict[str, dict[str, list[float]]] = {name: {arm.name: [] for arm in arms} for name in given.directions}
+    with connected(runs[0].config.resources):
+        for run, folder in zip(runs, train_all(runs, given.side_by_side), strict=True):
+            found[run.direction][run.arm.name].append(score(folder, heldout))
+            progress(f"{run.name}: {found[run.direction][run.arm.name][-1]:.4f} bits per byte")
     metrics = {f"bits_per_byte_{name}": metric(value, "bits/byte") for name, value in teachers.items()}
     loads = (before[0], os.getloadavg()[0])
     packages = ("torch", "ray", "vllm", "deepspeed", "transformers")
-    print(line("alignment_gain", metrics | figures(found), loads=loads, packages=packages))
+    for direction, values in found.items():
+        metrics |= {f"{name}_{direction}": each for name, each in figures(values).items()}
+    print(line("alignment_gain", metrics, loads=loads, packages=packages))
 
 
-def config_of(arm: Arm, seed: int, work: Path, corpus: Path, given: argparse.Namespace) -> FusionConfig:
-    teacher = SAME if arm.teacher == NONE else arm.teacher
+@dataclass(frozen=True)
+class Run:
+    """One training: an arm in a direction, with a seed."""
+
+    arm: Arm
+    direction: str
+    seed: int
+    config: FusionConfig
+
+    @property
+    def name(self) -> str:
+        return f"{self.direction} {self.arm.name}, seed {self.seed}"
+
+    @property
+    def wanted(self) -> str:
+        """The node of the graph that is trained."""
+        return SFT if self.arm.teacher == NONE else self.arm.teacher
+
+
+def config_of(arm: Arm, direction: str, seed: int, work: Path, corpus: Path, epochs: int) -> FusionConfig:
+    mine, other = DIRECTIONS[direction]
+    teacher, vocabulary = (OTHER, other) if arm.teacher == OTHER else (SAME, mine)
     return parse_config(
         {
-            "run": {"name": f"{arm.name}-{seed}", "storage": str(work / "runs"), "seed": seed},
-            "pivot": {"name": "pivot", "path": str(work / "pivot"), "dtype": "float32"},
-            "sources": [{"name": teacher, "path": str(work / teacher), "dtype": "float32"}],
+            "run": {"name": f"{direction}-{arm.name}-{seed}", "storage": str(work / "runs"), "seed": seed},
+            "pivot": {"name": "pivot", "path": str(work / f"pivot_{mine}"), "dtype": "float32"},
+            "sources": [{"name": teacher, "path": str(work / f"teacher_{vocabulary}"), "dtype": "float32"}],
             "corpus": {"path": str(corpus), "format": "messages", "rows_per_shard": 300},
             "teach": {"top_k": 10, "max_length": MAX_LENGTH} | dict(arm.teach),
             "align": {"choose": "min_ce", "per": "sequence", "unit": "byte"} | dict(arm.align),
             "distill": {
                 "lm_weight": 0.3,
                 "on_pivot_win": "sft",
-                "epochs": given.epochs,
+                "epochs": epochs,
                 "batch_size": 32,
                 "micro_batch_size": 16,
                 "learning_rate": 1e-3,
@@ -113,31 +149,27 @@ def config_of(arm: Arm, seed: int, work: Path, corpus: Path, given: argparse.Nam
     )
 
 
-def train_all(runs: Sequence[tuple[Arm, int, FusionConfig]], side_by_side: int) -> list[str]:
+def train_all(runs: Sequence[Run], side_by_side: int) -> list[str]:
     """The trained model's folder of every run. Arms share teach and align artefacts, so those are made first, one after another."""
-    graphs = [build_graph(config) for _, _, config in runs]
+    graphs = [build_graph(run.config) for run in runs]
     lock = threading.Lock()
     done = 0
 
-    def run(number: int) -> str:
+    def train(number: int) -> str:
         nonlocal done
-        arm, seed, config = runs[number]
-        node = graphs[number].distill[SFT if arm.teacher == NONE else arm.teacher]
-        run_graph(config, graphs[number], [node], Quiet())
+        run, graph = runs[number], graphs[number]
+        node = graph.distill[run.wanted]
+        run_graph(run.config, graph, [node], Quiet())
         with lock:
             done += 1
-            progress(f"{arm.name}, seed {seed}: trained ({done} of {len(runs)})")
+            progress(f"{run.name}: trained ({done} of {len(runs)})")
         return node.artifact.local_folder()
 
-    for (arm, _, config), graph in zip(runs, graphs, strict=True):
-        run_graph(config, graph, _data(arm, graph), Quiet())
+    for run, graph in zip(runs, graphs, strict=True):
+        run_graph(run.config, graph, list(graph.distill[run.wanted].needs), Quiet())
     progress("taught and aligned")
     with ThreadPoolExecutor(side_by_side) as pool:
-        return list(pool.map(run, range(len(runs))))
-
-
-def _data(arm: Arm, graph: Graph) -> list[Node]:
-    return [graph.teach["pivot"]] if arm.teacher == NONE else [graph.align[arm.teacher]]
+        return list(pool.map(train, range(len(runs))))
 
 
 def score(folder: str, heldout: Sequence[Problem]) -> float:
@@ -163,7 +195,7 @@ def figures(found: Mapping[str, Sequence[float]]) -> dict[str, Metric]:
 
 
 def _standard_error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 if __name__ == "__main__":

@@ -46,14 +46,14 @@ ARMS = (
         for k in (32, 64)
         for name, teacher, align in (
             ("same_tokenizer", SAME, EXACT),
-            ("spans_canonical_chain_condition", OTHER, _spans("canonical", chain=True, inside="condition")),
+            ("spans_canonical_chain", OTHER, _spans("canonical", chain=True)),
         )
     ),
     *(
         Arm(f"{name}_bucket", teacher, align, distill={"tail": "bucket"}, group="tail")
         for name, teacher, align in (
             ("same_tokenizer", SAME, EXACT),
-            ("spans_canonical_chain_condition", OTHER, _spans("canonical", chain=True, inside="condition")),
+            ("spans_canonical_chain", OTHER, _spans("canonical", chain=True)),
         )
     ),
 )
