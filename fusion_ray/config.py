@@ -68,7 +68,7 @@ class TeachConfig(Section):
 
 class AlignConfig(Section):
     method: Literal["spans", "fusechat"] = "spans"
-    map: Literal["exact", "prefix", "canonical", "min_edit", "statistics"] = "canonical"
+    map: Literal["exact", "prefix", "canonical", "min_edit", "statistics", "shares"] = "canonical"
     chain: bool = Field(
         True, description="spans: tell the source's own text by the chain rule over its tokens; off: by the map alone"
     )

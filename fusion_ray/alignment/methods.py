@@ -15,6 +15,7 @@ from fusion_ray.alignment.edges import Edges
 from fusion_ray.alignment.fusechat import ONE_HOT, Sequences, choose_positions, match_rows, met_pairs, move_rows
 from fusion_ray.alignment.positions import Bools, Positions
 from fusion_ray.alignment.project import Duplicates, Inside, Projection, project
+from fusion_ray.alignment.shares import Shares
 from fusion_ray.alignment.spans import COMPARABLE, match_spans
 from fusion_ray.alignment.vocabulary import Vocabulary
 
@@ -60,6 +61,7 @@ def align_spans(
     chain: bool,
     inside: Inside,
     duplicates: Duplicates,
+    shares: Shares | None = None,
     choose: Choice,
     per: Per,
     unit: Unit,
@@ -81,6 +83,7 @@ def align_spans(
         chain=chain,
         inside=inside,
         duplicates=duplicates,
+        shares=shares,
         top_k=mine.topk_ids.shape[1],
     )
     return _chosen(pivot, source, rows, kind, index, projection, choose=choose, per=per, unit=unit)

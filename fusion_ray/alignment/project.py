@@ -28,6 +28,7 @@ from numba import njit
 
 from fusion_ray.alignment.edges import Edges
 from fusion_ray.alignment.positions import Bools, Positions
+from fusion_ray.alignment.shares import Shares
 from fusion_ray.alignment.spans import COMPARABLE, INSIDE, STRICT
 from fusion_ray.alignment.trie import child
 from fusion_ray.alignment.vocabulary import Vocabulary
@@ -68,9 +69,12 @@ def project(
     chain: bool = False,
     inside: Inside = "skip",
     duplicates: Duplicates = "sum",
+    shares: Shares | None = None,
     top_k: int | None = None,
 ) -> Projection:
-    """`mapped` is the vocabulary map; `whole_tokens`: byte look-ups want a pivot token of exactly the bytes (map `exact`), else the longest prefix.
+    """`mapped` is the vocabulary map, `shares` go before it where they know a source id.
+
+    `whole_tokens`: byte look-ups want a pivot token of exactly the bytes (map `exact`), else the longest prefix.
 
     `duplicates`: several source ids that meet on one pivot id are added up, or (`first`, the published code) all but the likeliest go to the tail.
     """
@@ -107,6 +111,8 @@ def project(
         source.topk_ids,
         source.topk_logprobs,
         mapped,
+        Shares.none(vocabulary_source) if shares is None else shares,
+        0 if shares is None else shares.most,
         _Bytes(vocabulary_pivot.blob, vocabulary_pivot.offsets, vocabulary_pivot.is_special),
         _Bytes(vocabulary_source.blob, vocabulary_source.offsets, vocabulary_source.is_special),
         vocabulary_pivot.trie,
@@ -243,7 +249,7 @@ def _goes_on(until, start, end, message, j):  # type: ignore[no-untyped-def]  # 
 
 @njit(cache=True)
 def _project(  # type: ignore[no-untyped-def]  # compiled, see project
-    wanted, source_index, strict, pivot, source, topk_ids, topk_logprobs, mapped, words_p, words_s, trie_p, trie_s,
+    wanted, source_index, strict, pivot, source, topk_ids, topk_logprobs, mapped, shares, most_shares, words_p, words_s, trie_p, trie_s,
     whole, chain, add, out_ids, out_logprobs, moved, seen,
 ):  # fmt: skip
     K, Q = topk_ids.shape[1], out_ids.shape[1]
@@ -251,7 +257,9 @@ def _project(  # type: ignore[no-untyped-def]  # compiled, see project
         source.start, source.end, source.message, words_p.blob, words_s.blob, words_p.offsets, words_s.offsets,
     )  # fmt: skip
     keys, nodes, ends = trie_p.keys, trie_p.nodes, trie_p.token
-    room = (K + 1) * (_most_pieces(wanted, source_index, pivot.end, start_s, end_s, message_s) if chain else 1)
+    pieces = _most_pieces(wanted, source_index, pivot.end, start_s, end_s, message_s) if chain else 1
+    room = (K + 1) * (pieces + most_shares)
+    share_at, share_ids, share_weights = shares.offsets, shares.ids, shares.weights
     ids = np.empty(room, np.int64)
     mass = np.empty(room, np.float64)
     for number in range(wanted.size):
@@ -309,6 +317,11 @@ def _project(  # type: ignore[no-untyped-def]  # compiled, see project
                     target = np.int64(mapped[token])
                     moved[token] += mass_here
                     seen[token] += 1
+                    if share_at[token + 1] > share_at[token]:
+                        for at in range(share_at[token], share_at[token + 1]):
+                            value = share * mass_here * share_weights[at]
+                            used = _put(ids, mass, used, np.int64(share_ids[at]), value, add)
+                        continue
                 elif words_s.special[token]:
                     if told > 0 and mapped[token] >= 0:  # the turn ends behind what was told
                         target = _end(ends, whole, root, found)

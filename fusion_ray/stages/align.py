@@ -53,7 +53,7 @@ def align(
 ) -> Manifest:
     """Align every shard of both artefacts into `out` and seal it; committed shards are not made again.
 
-    The map `statistics` has a first pass over all shards, which counts the pairs of ids that meet; the sum is a unit of the artefact.
+    The maps `statistics` and `shares` have a first pass over all shards, which counts the pairs of ids that meet; the sum is a unit of the artefact.
     manifest.info: COUNTS over all shards and the figures of alignment/coverage.py. Raises ConfigError for a method that cannot run, ValueError for
     artefacts that hold different shards, naming the model whose tokenizer cannot be aligned, or past `max_rejected` (a share of the rows), naming
     the first ones.

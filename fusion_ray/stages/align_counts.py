@@ -1,4 +1,4 @@
-"""The counts of all shards added up by Ray Data: the pairs of ids that `map: statistics` goes by. Called by `stages/align.py`.
+"""The counts of all shards added up by Ray Data: the pairs of ids that `map: statistics` and `map: shares` go by. Called by `stages/align.py`.
 
 Each shard's own counts are committed before (workers/align_counts.py), so the sum is made again after a kill: it reads megabytes.
 """

@@ -1,4 +1,6 @@
-"""Which ids meet which over a corpus, on disk: what `map: statistics` needs before its first row. Called by `stages/align.py`, `views.py` and tests.
+"""Which ids meet which over a corpus, on disk: what `map: statistics` and `map: shares` need before its first row.
+
+Called by `stages/align.py`, `views.py` and tests.
 
 Shards are counted into parts of their own (`_counts/`, removed when the artefact is sealed), so that a run that was cut off counts none twice; their sum
 is the unit `counts.parquet`. Both are Parquet of COUNTS_SCHEMA, sorted by source id, then by pivot id.
@@ -25,7 +27,7 @@ COUNTS_SCHEMA = pa.schema(
 
 
 def needs_counts(config: AlignConfig) -> bool:
-    return config.map == "statistics"
+    return config.map in ("statistics", "shares")
 
 
 def part_name(shard: str) -> str:

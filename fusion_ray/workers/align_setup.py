@@ -38,12 +38,15 @@ def vocabulary_map(
 ) -> npt.NDArray[np.int32]:
     """(V of the source,) the map that `config` asks for. `strings` (pivot's, source's) are for the method `fusechat`, `counts` for `statistics`.
 
-    Equal vocabularies map to themselves. The published maps are extended by the end of turn, which goes to the pivot's whatever its string.
+    Of `shares` it is the fallback, `canonical`; the shares themselves are `alignment/shares.py`'s. Equal vocabularies map to themselves. The
+    published maps are extended by the end of turn, which goes to the pivot's whatever its string.
     """
     if source.same_as(pivot):
         return MAPS["exact"](source, pivot)
-    if config.map == "statistics" and counts is None:
-        raise ValueError("map `statistics` needs the counts of the corpus: count every shard first, and give their sum")
+    if config.map in ("statistics", "shares") and counts is None:
+        raise ValueError(
+            f"map `{config.map}` needs the counts of the corpus: count every shard first, and give their sum"
+        )
     if config.method == "fusechat":
         if strings is None:
             raise ValueError("method `fusechat` compares token strings: give those of both tokenizers")
@@ -54,7 +57,7 @@ def vocabulary_map(
         return mapped
     if config.map in COUNTED_MAPS:
         return COUNTED_MAPS[config.map](source, pivot, counts or PairCounts.none())
-    return MAPS[config.map](source, pivot)
+    return MAPS["canonical" if config.map == "shares" else config.map](source, pivot)
 
 
 @lru_cache(maxsize=4)  # a worker process aligns many shards of the same two models

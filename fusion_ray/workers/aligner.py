@@ -20,6 +20,7 @@ from fusion_ray.alignment.explain import ExplainedRow, explained
 from fusion_ray.alignment.fusechat import Sequences
 from fusion_ray.alignment.methods import METHODS, PAIRS, Aligned, Side
 from fusion_ray.alignment.positions import Bools, Positions, faults
+from fusion_ray.alignment.shares import Shares, pair_shares
 from fusion_ray.alignment.token_strings import TokenStrings
 from fusion_ray.alignment.vocabulary import Vocabulary
 from fusion_ray.config import AlignConfig, ConfigError, ModelConfig
@@ -61,7 +62,8 @@ class Aligner:
         strings: tuple[TokenStrings, TokenStrings] | None = None,
         counts: PairCounts | None = None,
     ) -> None:
-        """`strings` (pivot's, source's) are for the method `fusechat`, `counts` (the sum of `count` over all shards) for the map `statistics`."""
+        """`strings` (pivot's, source's) are for the method `fusechat`, `counts` (the sum of `count` over all shards) for the maps
+        `statistics` and `shares`."""
         check_supported(config)
         self.pivot = pivot
         self.source = source
@@ -79,8 +81,15 @@ class Aligner:
 
     @cached_property
     def mapped(self) -> npt.NDArray[np.int32]:
-        """The vocabulary map. Raises ValueError for `statistics` without counts."""
+        """The vocabulary map. Raises ValueError for `statistics` and `shares` without counts."""
         return vocabulary_map(self.config, self.pivot, self.source, self._strings, self._counts)
+
+    @cached_property
+    def shares(self) -> Shares | None:
+        """What goes before the map where `align.map` is `shares`."""
+        if self.config.map != "shares" or self._counts is None:
+            return None
+        return pair_shares(self.source, self.pivot, self._counts, self.mapped)
 
     def count(self, pivot_rows: bytes, source_rows: bytes) -> PairCounts:
         """How often each source id meets each pivot id in a shard, as the method sees it; nothing where the vocabularies are equal."""
@@ -127,10 +136,11 @@ class Aligner:
         return METHODS[config.method](
             *sides,
             rows,
-            whole_tokens=config.map not in ("prefix", "canonical"),
+            whole_tokens=config.map not in ("prefix", "canonical", "shares"),
             chain=config.chain,
             inside=config.inside,
             duplicates=config.duplicates,
+            shares=self.shares,
             **shared,
         )
 

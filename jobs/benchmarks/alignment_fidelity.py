@@ -29,6 +29,7 @@ from fusion_ray.logprobs.codec import TeacherRow, decode, from_table
 from fusion_ray.pipeline import run_graph
 from fusion_ray.stages.cluster import connected
 from fusion_ray.store import Artifact
+from fusion_ray.workers.align_counts import needs_counts
 from fusion_ray.workers.aligner import Aligner
 from fusion_ray.zoo.catalogue import CORPUS, PIVOT, ZOO_MODELS
 from probe.fidelity import Cost, cost
@@ -45,7 +46,7 @@ SPANS = {
     f"spans_{name}{'_chain' * chain}{'_condition' * condition}": AlignConfig(
         method="spans", map=name, chain=chain, inside="condition" if condition else "skip", choose="source"
     )
-    for name in ("exact", "min_edit", "statistics", "prefix", "canonical")
+    for name in ("exact", "min_edit", "statistics", "prefix", "canonical", "shares")
     for chain, condition in ((False, False), (True, False), (True, True))
 }
 FUSECHAT = {
@@ -149,7 +150,7 @@ def measure(settings: AlignConfig, config: FusionConfig, source_name: str, shard
     """One method on one teacher's rows of one text."""
     source = next(model for model in config.sources if model.name == source_name)
     aligner = Aligner.of_models(config.pivot, source, settings)
-    if settings.map == "statistics":
+    if needs_counts(settings):
         counts = reduce(add, [aligner.count(shard.pivot, shard.source) for shard in shards])
         aligner = Aligner.of_models(config.pivot, source, settings, counts)
     total = Cost()

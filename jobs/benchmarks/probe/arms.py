@@ -38,7 +38,10 @@ ARMS = (
         Arm(f"spans_{name}", OTHER, _spans(name, chain=False))
         for name in ("exact", "min_edit", "statistics", "prefix", "canonical")
     ),
-    *(Arm(f"spans_{name}_chain", OTHER, _spans(name, chain=True)) for name in ("exact", "prefix", "canonical")),
+    *(
+        Arm(f"spans_{name}_chain", OTHER, _spans(name, chain=True))
+        for name in ("exact", "prefix", "canonical", "shares")
+    ),
     Arm("spans_canonical_condition", OTHER, _spans("canonical", chain=False, inside="condition")),
     Arm("spans_canonical_chain_condition", OTHER, _spans("canonical", chain=True, inside="condition")),
     *(
@@ -47,6 +50,7 @@ ARMS = (
         for name, teacher, align in (
             ("same_tokenizer", SAME, EXACT),
             ("spans_canonical_chain", OTHER, _spans("canonical", chain=True)),
+            ("spans_shares_chain", OTHER, _spans("shares", chain=True)),
         )
     ),
     *(
@@ -54,6 +58,7 @@ ARMS = (
         for name, teacher, align in (
             ("same_tokenizer", SAME, EXACT),
             ("spans_canonical_chain", OTHER, _spans("canonical", chain=True)),
+            ("spans_shares_chain", OTHER, _spans("shares", chain=True)),
         )
     ),
 )
