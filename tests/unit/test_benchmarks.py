@@ -9,8 +9,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from fusion_ray.config import AlignConfig
-from fusion_ray.logprobs.codec import from_table
+from fusion_ray.config import AlignConfig, DistillConfig, TeachConfig
+from fusion_ray.logprobs.codec import TeacherRow, from_table
 from fusion_ray.workers.aligner import Aligner
 from fusion_ray.zoo.catalogue import CORPUS
 
@@ -85,3 +85,60 @@ def test_the_alignment_benchmark_loads() -> None:
     module = importlib.import_module("align")
     assert callable(module.main)
     assert module.TOTAL % max(module.LENGTHS) == 0
+
+
+def test_the_bits_of_a_label_are_its_probability_or_its_share_of_the_tail() -> None:
+    fidelity = importlib.import_module("probe.fidelity")
+    ids = np.array([[3, 5], [3, 5], [7, 0]], np.int32)
+    logprobs = np.array([[np.log(0.5), np.log(0.25)], [np.log(0.5), np.log(0.25)], [np.log(0.5), -np.inf]])
+    bits, missing = fidelity.label_bits(ids, logprobs, np.array([5, 9, 0], np.int32), 10)
+    assert bits.tolist() == pytest.approx([2, -np.log2(0.25 / 8), -np.log2(0.5 / 9)])
+    assert missing.tolist() == [False, True, True], "an id beside -inf is no candidate"
+
+
+def test_a_teachers_bits_are_spread_over_its_bytes() -> None:
+    fidelity = importlib.import_module("probe.fidelity")
+    source = row(starts=[0, 2, 5], ends=[2, 5, 5], logprobs=np.log([0.25, 0.125, 0.5]))
+    pivot = row(starts=[0, 3, 5], ends=[3, 5, 5], logprobs=np.zeros(3))
+    assert fidelity.bits_on_bytes(source, pivot).tolist() == pytest.approx([2 + 1, 2, 1])
+
+
+def test_an_alignment_with_itself_costs_what_the_teacher_costs(tables: ModuleType) -> None:
+    fidelity = importlib.import_module("probe.fidelity")
+    model = tables.sentencepiece_model()
+    table = tables.teacher_table(model, TEXTS, top_k=K)
+    rows = {row.id: row for row in from_table(table)}
+    aligner = Aligner(model.vocabulary, model.vocabulary, AlignConfig(choose="source"))
+    cost = fidelity.cost(
+        aligner.align_tables(table, table).table, rows, rows, top_k=K, vocabulary=model.vocabulary.size
+    )
+    assert cost.covered == cost.positions == sum(row.position.size for row in rows.values())
+    assert cost.bytes == sum(len(text.encode()) for text in TEXTS)
+    assert cost.teacher_bits == pytest.approx(
+        -sum(row.label_logprob.sum() for row in rows.values()) / np.log(2), rel=1e-4
+    )
+
+
+def test_every_arm_of_the_gain_is_a_config() -> None:
+    arms = importlib.import_module("probe.arms").ARMS
+    assert len({arm.name for arm in arms}) == len(arms)
+    for arm in arms:
+        assert AlignConfig(**arm.align).problem is None
+        TeachConfig(**arm.teach)
+        DistillConfig(**arm.distill)
+
+
+def row(*, starts: list[int], ends: list[int], logprobs: np.ndarray) -> TeacherRow:
+    """One message in tokens that cover these bytes."""
+    count = len(starts)
+    return TeacherRow(
+        "row",
+        np.arange(count + 1, dtype=np.int32),
+        np.arange(count, dtype=np.int32),
+        np.array(starts, np.int32),
+        np.array(ends, np.int32),
+        np.zeros(count, np.int16),
+        np.zeros((count, 1), np.int32),
+        np.zeros((count, 1), np.float16),
+        logprobs.astype(np.float32),
+    )
