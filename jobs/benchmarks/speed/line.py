@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 Figure = float | Mapping[str, float]
 Metric = Mapping[str, Figure | str | bool | None]
@@ -36,7 +36,7 @@ def line(benchmark: str, metrics: Mapping[str, Metric], *, loads: Sequence[float
                 "processor": _processor(),
                 "load_average": [round(x, 2) for x in loads],
             },
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+            "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
         }
     )
 
@@ -68,6 +68,14 @@ def median(values: Sequence[float]) -> float:
 def progress(text: str) -> None:
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
+
+
+def _version(package: str) -> str:
+    """vllm's builds for processors alone are a package of another name."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return version(f"{package}-cpu")
 
 
 def _processor() -> str:
