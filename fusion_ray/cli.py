@@ -130,6 +130,49 @@ def align_command(
             console.print(explain_row(settings, name, explain), highlight=False, soft_wrap=True)
 
 
+@app.command("merge")
+def merge_command(
+    merge_file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MERGE.yml",
+            help="a merge file in mergekit's dialect, for example jobs/configs/merge/fusechat_sce.yml",
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder that becomes the merged model")],
+    max_bytes_in_flight: Annotated[str, typer.Option(help="what is read of the models at a time")] = "1GB",
+    max_shard_size: Annotated[str, typer.Option(help="of the output's files")] = "5GB",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="tensors that are merged side by side [default: the cores of this process]"),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="afterwards, ask the merged model for its next token of a prompt")
+    ] = True,
+    overwrite: Annotated[bool, typer.Option(help="replace another merge of this program in OUT")] = False,
+) -> None:
+    """Merge models of one architecture on this machine, without Ray. Safe to repeat: whole shards are not made again."""
+    from fusion_ray.merge_command import describe, read_bytes
+    from fusion_ray.merge_command import merge_file as merge
+    from fusion_ray.progress import tensors_of
+
+    with tensors_of(console) as report:
+        merged = merge(
+            merge_file,
+            out,
+            max_bytes_in_flight=read_bytes(max_bytes_in_flight),
+            max_shard_bytes=read_bytes(max_shard_size),
+            threads=workers,
+            overwrite=overwrite,
+            report=report,
+        )
+    console.print(describe(merged, out), highlight=False, markup=False, soft_wrap=True)
+    if check:
+        from fusion_ray.workers.merge_check import check_model
+
+        console.print(check_model(str(out)), highlight=False, markup=False, soft_wrap=True)
+
+
 @app.command()
 def plan(config: ConfigPath, overrides: Overrides = None) -> None:
     """Does no work: the graph's nodes, what is cached, sizes, memory peaks and problems found."""

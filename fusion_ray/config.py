@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME)]
@@ -124,8 +125,20 @@ class DistillConfig(Section):
     sft_control: bool = Field(False, description="also train the SFT-only control on the same data and steps")
 
 
+# A parameter of each merged model: one value for all of them, or a list with one each. The tags keep the two out of each other's error messages.
+_ONE, _EACH = "for all", "one each"
+_ONE_OR_EACH = Discriminator(lambda value: _EACH if isinstance(value, list | tuple) else _ONE)
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weights = Annotated[Annotated[Finite, Tag(_ONE)] | Annotated[tuple[Finite, ...], Tag(_EACH)], _ONE_OR_EACH]
+Shares = Annotated[Annotated[Share, Tag(_ONE)] | Annotated[tuple[Share, ...], Tag(_EACH)], _ONE_OR_EACH]
+
+
 class MergeMethod(Section):
-    """One merge of all targets. `name` labels the fused model; parameters that the method does not take are refused by the method."""
+    """One merge of all targets. `name` labels the fused model. Which method takes which parameters, and what each is when it is left out, is in
+    merging/parameters.py, which refuses the others; the bounds of their values are here, for a run's config and for a merge file alike."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
 
     method: str
     name: Name | None = None
@@ -133,9 +146,21 @@ class MergeMethod(Section):
     variant: Literal["paper", "fusechat_release", "mergekit"] | None = None
     select_topk: float | None = Field(None, gt=0, le=1)
     square: bool | None = None
-    weight: float | tuple[float, ...] | None = Field(
-        None, description="linear and task_arithmetic: for all, or one each"
-    )
+    weight: Weights | None = None
+    density: Shares | None = Field(None, description="share of a task vector's elements that is kept")
+    gamma: Shares | None = Field(None, description="breadcrumbs: share of the largest elements that is left out")
+    epsilon: Shares | None = Field(None, description="della: half the range of the keep probabilities")
+    scale: Finite | None = Field(None, alias="lambda", description="times the sum of the task vectors")
+    normalize: bool | None = None
+    rescale: bool | None = Field(None, description="dare, della: divide what is kept by its keep probability")
+    seed: int | None = Field(None, ge=0, lt=1 << 64, description="dare, della")
+    temperature: float | None = Field(None, gt=0, allow_inf_nan=False, description="varm: softmax of the ratios")
+    t: Share | None = Field(None, description="slerp: 0 is the base, 1 the other model")
+    normalize_weights: bool | None = None
+    eps: float | None = Field(None, gt=0, allow_inf_nan=False)
+    max_iter: int | None = Field(None, ge=1)
+    tol: float | None = Field(None, ge=0, allow_inf_nan=False)
+    filter_wise: bool | None = Field(None, description="model_stock: one factor a row instead of one a tensor")
 
     @property
     def label(self) -> str:
@@ -144,7 +169,7 @@ class MergeMethod(Section):
     @property
     def parameters(self) -> dict[str, object]:
         """What was set, as keyword arguments for the method."""
-        return self.model_dump(exclude={"method", "name"}, exclude_none=True)
+        return self.model_dump(exclude={"method", "name"}, exclude_none=True, by_alias=False)
 
 
 class MergeConfig(Section):
@@ -267,20 +292,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> FusionConfig
     Raises ConfigError, naming the key, for anything that is not a valid config.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read the config {str(path)!r}: {error.strerror or error}; give the path of a YAML file such as jobs/configs/demo.yaml"
-        ) from error
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(
-            f"{path} must hold a mapping with the keys {', '.join(FusionConfig.model_fields)}; it holds {type(raw).__name__}"
-        )
+    raw = read_mapping(path, FusionConfig, kind="config", example="jobs/configs/demo.yaml")
     for override in overrides:
         _apply_override(raw, override)
     return parse_config(raw, folder=path.parent)
@@ -288,11 +300,38 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> FusionConfig
 
 def parse_config(raw: dict[str, object], folder: Path | None = None) -> FusionConfig:
     """Validate a plain mapping; relative paths of models and data are taken relative to `folder`. Raises ConfigError."""
-    try:
-        config = FusionConfig.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(error))) from error
+    config = validate(FusionConfig, raw)
     return config if folder is None else _resolve_paths(config, folder.resolve())
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def read_mapping(path: Path, section: type[Section], *, kind: str, example: str) -> dict[str, object]:
+    """The mapping in a YAML file with the keys of `section`, not yet validated. Raises ConfigError, which calls it `kind` and names an `example`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read the {kind} {str(path)!r}: {getattr(error, 'strerror', None) or error}; give the path of a YAML file such as {example}"
+        ) from error
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            f"{path} must hold a mapping with the keys {', '.join(keys_of(section))}; it holds {type(raw).__name__}"
+        )
+    return raw
+
+
+def validate(section: type[SectionT], raw: object) -> SectionT:
+    """Raises ConfigError with one line a problem, which names the key and, where it is not known, the nearest one that is."""
+    try:
+        return section.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(error, section))) from error
 
 
 def _apply_override(raw: dict[str, object], override: str) -> None:
@@ -328,31 +367,55 @@ def _apply_override(raw: dict[str, object], override: str) -> None:
             )
 
 
-def _explain(error: ValidationError) -> Iterator[str]:
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
+def _explain(error: ValidationError, section: type[Section]) -> Iterator[str]:
+    problems = error.errors()
+    for problem in problems:
+        if problem["type"] == "too_short" and any(_inside(other["loc"], problem["loc"]) for other in problems):
+            continue  # a list counts as too short when its items are wrong, which is told
+        loc = tuple(part for part in problem["loc"] if part not in (_ONE, _EACH))
+        where = ".".join(str(part) for part in loc)
         if problem["type"] == "extra_forbidden":
-            known = _known_keys(problem["loc"][:-1])
-            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            yield f"unknown key `{where}`: {hint}"
+            known = _known_keys(section, loc[:-1])
+            yield f"unknown key `{where}`: {nearest(str(loc[-1]), known)}"
         elif problem["type"] == "missing":
             yield f"missing key `{where}`"
         else:
             given = "" if isinstance(problem["input"], dict | list) else f" (given: {problem['input']!r})"
-            yield f"`{where or 'config'}`: {problem['msg'].removeprefix('Value error, ')}{given}"
+            key = f"`{where}`: " if where else ""
+            yield f"{key}{problem['msg'].removeprefix('Value error, ')}{given}"
 
 
-def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = FusionConfig
+def _inside(loc: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
+    return len(loc) > len(outer) and loc[: len(outer)] == outer
+
+
+def nearest(key: str, known: Sequence[str]) -> str:
+    """What to tell about a key that is not known."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+
+
+def keys_of(section: type[BaseModel]) -> list[str]:
+    """The keys that a section takes. A field that can only be null is there to say why the key is refused."""
+    fields = section.model_fields.items()
+    return [field.alias or name for name, field in fields if field.annotation is not type(None)]
+
+
+def _known_keys(section: type[Section], loc: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = section
     for part in loc:
-        if isinstance(part, int) or part not in model.model_fields:
+        field = _field(model, part)
+        if field is None:
             continue
-        found = _section_of(model.model_fields[part].annotation)
+        found = _section_of(field.annotation)
         if found is None:
             return []
         model = found
-    return list(model.model_fields)
+    return keys_of(model)
+
+
+def _field(model: type[BaseModel], key: int | str) -> FieldInfo | None:
+    return next((field for name, field in model.model_fields.items() if key == (field.alias or name)), None)
 
 
 def _section_of(annotation: object) -> type[BaseModel] | None:
@@ -364,6 +427,7 @@ def _section_of(annotation: object) -> type[BaseModel] | None:
 ModelT = TypeVar("ModelT", bound=ModelConfig)
 
 _URL = re.compile(r"^[a-z][a-z0-9+.-]*://")
+HUB_ID = re.compile(r"^\w[\w.-]*(/\w[\w.-]*)?$")  # name, or owner/name
 
 
 def is_url(path: str) -> bool:
@@ -371,11 +435,12 @@ def is_url(path: str) -> bool:
     return bool(_URL.match(path))
 
 
-def _resolve(path: str, folder: Path, *, may_be_hub_id: bool = False) -> str:
+def resolve_path(path: str, folder: Path, *, may_be_hub_id: bool = False) -> str:
+    """A path of a YAML file in `folder`, absolute. URLs stay as they are, and so does what is not there and has the form of a hub id."""
     if is_url(path) or Path(path).expanduser().is_absolute():
         return path if is_url(path) else str(Path(path).expanduser())
     resolved = (folder / path).resolve()
-    if may_be_hub_id and not path.startswith(".") and not resolved.exists():
+    if may_be_hub_id and HUB_ID.match(path) and not resolved.exists():
         return path
     return str(resolved)
 
@@ -384,10 +449,10 @@ def _resolve_paths(config: FusionConfig, folder: Path) -> FusionConfig:
     """Relative paths of models and data are relative to the YAML's folder; `run.storage` is relative to the working directory."""
 
     def model(ref: ModelT) -> ModelT:
-        return ref.model_copy(update={"path": _resolve(ref.path, folder, may_be_hub_id=True)})
+        return ref.model_copy(update={"path": resolve_path(ref.path, folder, may_be_hub_id=True)})
 
     def data(path: str | None) -> str | None:
-        return None if path is None else _resolve(path, folder)
+        return None if path is None else resolve_path(path, folder)
 
     judge = config.evaluate.judge
     if judge is not None:
@@ -403,7 +468,7 @@ def _resolve_paths(config: FusionConfig, folder: Path) -> FusionConfig:
             "pivot": model(config.pivot),
             "sources": tuple(model(source) for source in config.sources),
             "corpus": config.corpus.model_copy(
-                update={"path": tuple(_resolve(path, folder) for path in config.corpus.paths)}
+                update={"path": tuple(resolve_path(path, folder) for path in config.corpus.paths)}
             ),
             "evaluate": config.evaluate.model_copy(
                 update={

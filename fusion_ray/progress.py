@@ -2,13 +2,17 @@
 
 import threading
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fusion_ray.graph import Node
+from fusion_ray.records import Report
 from fusion_ray.schedule import Status
 
+LINE_EVERY = 5.0  # seconds
 # Figures that a stage may report beside done/total/unit, in the order shown, with their formats.
 FIGURES = {
     "loss": "loss {:.3f}",
@@ -20,7 +24,7 @@ FIGURES = {
 }
 
 
-def describe(figures: dict[str, object]) -> str:
+def describe(figures: Mapping[str, object]) -> str:
     """Figures as words: `3/8 shards, 1,234 tok/s`."""
     parts = []
     if "done" in figures and "total" in figures:
@@ -38,7 +42,7 @@ def describe(figures: dict[str, object]) -> str:
 class Lines:
     """One plain line when a node starts, at most one every `every` seconds while it works, one when it ends."""
 
-    def __init__(self, console: Console, every: float = 5.0) -> None:
+    def __init__(self, console: Console, every: float = LINE_EVERY) -> None:
         self._console, self._every = console, every
         self._last: dict[str, float] = {}
         self._lock = threading.Lock()
@@ -131,3 +135,31 @@ def listener_for(console: Console) -> Bars | Lines:
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def tensors_of(console: Console) -> Iterator[Report]:
+    """For a merge on this machine: a bar on a terminal, elsewhere a line at most every few seconds."""
+    if console.is_terminal:
+        with Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TimeRemainingColumn(),
+            console=console, transient=True,
+        ) as bars:  # fmt: skip
+            task = bars.add_task("merge", figures="", total=None)
+
+            def show(figures: Mapping[str, object]) -> None:
+                done, total = int(str(figures["done"])), int(str(figures["total"]))
+                bars.update(task, completed=done, total=total, description=f"merge: {figures['phase']}", figures=f"{done}/{total} tensors")  # fmt: skip
+
+            yield show
+        return
+    last = time.monotonic()
+
+    def say(figures: Mapping[str, object]) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LINE_EVERY:
+            last = time.monotonic()
+            line = f"{time.strftime('%H:%M:%S')} merge {figures['phase']}: {describe(figures)}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    yield say

@@ -223,6 +223,20 @@ class Artifact(Folder):
         self.write_json(f"{UNITS}/{name}.json", asdict(unit))
         return unit
 
+    def commit_moved(
+        self, name: str, local: str | Path, *, sha256: str, rows: int = 0, info: Mapping[str, Json] | None = None
+    ) -> Unit:
+        """As `commit_file` of a finished file whose hash is known, which is moved where it lies on the same file system. Raises StoreError as write_bytes."""
+        unit = Unit(name, rows, os.path.getsize(local), sha256, dict(info or {}))
+        with _storage_errors(f"{self.url}/{name}"):
+            if self.is_local and os.stat(local).st_dev == os.stat(self.path()).st_dev:
+                os.replace(local, self.path(name))
+                _sync_folder(os.path.dirname(self.path(name)))
+            else:
+                self.put_file(name, local)
+        self.write_json(f"{UNITS}/{name}.json", asdict(unit))
+        return unit
+
     def commit_folder(self, local: str | Path) -> list[Unit]:
         """Every file below the local folder as a unit of the same relative name, in sorted order."""
         root = Path(local)
@@ -291,6 +305,10 @@ def _replacing(path: str) -> Iterator[str]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: str) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from fusion_ray.checkpoints.dtypes import MERGEABLE
 from fusion_ray.checkpoints.errors import MergeError
 from fusion_ray.checkpoints.reader import Checkpoint
+from fusion_ray.merging.recipe import TensorRecipe
 
 # A target that differs from the pivot in one of these computes something else with the same tensors.
 _ARCHITECTURE = (
@@ -41,13 +42,33 @@ class Compatibility:
 
 def check_compatible(pivot: Checkpoint, targets: Sequence[Checkpoint]) -> Compatibility:
     """Compare every target with the pivot. Raises MergeError for the first difference that matters."""
-    differences = {target.model: _compare_configs(pivot, target) for target in targets}
-    models = [pivot, *targets]
-    tied = sorted({head for model in models for head in _tied_heads(model, models)})
+    differences = compare_configs(pivot, targets)
+    tied = tied_heads((pivot, *targets))
     names = [name for name in pivot.tensors if name not in tied]
     for target in targets:
         _compare_tensors(pivot, target, names, tied)
-    return Compatibility(tuple(names), tuple(tied), {name: found for name, found in differences.items() if found})
+    return Compatibility(tuple(names), tied, differences)
+
+
+def compare_configs(
+    pivot: Checkpoint, targets: Sequence[Checkpoint], *, but: Sequence[str] = ()
+) -> dict[str, dict[str, object]]:
+    """Target -> key -> {"pivot", "target"} of the differences without effect. Raises MergeError for others, except in the keys `but`."""
+    found = {target.model: _compare_config(pivot, target, but) for target in targets}
+    return {name: differences for name, differences in found.items() if differences}
+
+
+def tied_heads(models: Sequence[Checkpoint]) -> tuple[str, ...]:
+    """Output heads that are the embeddings, so that the output leaves them out. Raises MergeError for a tied head that is not."""
+    return tuple(sorted({head for model in models for head in _tied_heads(model, models)}))
+
+
+def check_shapes(models: Sequence[Checkpoint], recipes: Sequence[TensorRecipe]) -> None:
+    """Raises MergeError for the first output tensor whose inputs differ in shape, or in that some are no floating numbers."""
+    for recipe in recipes:
+        (first, name), *others = recipe.inputs
+        for number, other in others:
+            _compare_shapes(models[first], name, models[number], other)
 
 
 def check_free_space(folder: str | Path, needed: int) -> None:
@@ -62,9 +83,9 @@ def check_free_space(folder: str | Path, needed: int) -> None:
         )
 
 
-def check_finite(models: Sequence[Checkpoint], name: str, finite: Sequence[bool]) -> None:
-    """Raises MergeError for the first model whose tensor `name` holds NaN or infinite values."""
-    for model, good in zip(models, finite, strict=True):
+def check_finite(inputs: Sequence[tuple[Checkpoint, str]], finite: Sequence[bool]) -> None:
+    """Raises MergeError for the first model whose tensor (its name there) holds NaN or infinite values."""
+    for (model, name), good in zip(inputs, finite, strict=True):
         if not good:
             raise MergeError(
                 f"model {model.model!r}: tensor {name!r} in {_file(model, name)} holds NaN or infinite values: "
@@ -72,24 +93,24 @@ def check_finite(models: Sequence[Checkpoint], name: str, finite: Sequence[bool]
             )
 
 
-def check_same(models: Sequence[Checkpoint], name: str, same: Sequence[bool]) -> None:
-    """Raises MergeError for the first target whose integer or boolean tensor `name` is not the pivot's. `models` has the pivot first."""
-    for target, good in zip(models[1:], same, strict=True):
+def check_same(inputs: Sequence[tuple[Checkpoint, str]], same: Sequence[bool]) -> None:
+    """Raises MergeError for the first model whose integer or boolean tensor (its name there) is not the first one's."""
+    for (model, name), good in zip(inputs, same, strict=True):
         if not good:
             raise MergeError(
-                f"model {target.model!r}: tensor {name!r} in {_file(target, name)} is {target.tensors[name].dtype} and differs from the pivot's: only floating "
+                f"model {model.model!r}: tensor {name!r} in {_file(model, name)} is {model.tensors[name].dtype} and differs from the pivot's: only floating "
                 "tensors are merged; export the models so that it is the same in all"
             )
 
 
-def _compare_configs(pivot: Checkpoint, target: Checkpoint) -> dict[str, object]:
+def _compare_config(pivot: Checkpoint, target: Checkpoint, but: Sequence[str]) -> dict[str, object]:
     """A key that only one of the two has is a matter of the transformers version that wrote it."""
     differences: dict[str, object] = {}
     for key in sorted(set(pivot.config) | set(target.config)):
         if key in _NOT_COMPARED or pivot.config.get(key) == target.config.get(key):
             continue
         both = key in pivot.config and key in target.config
-        if both and key in _ARCHITECTURE:
+        if both and key in _ARCHITECTURE and key not in but:
             raise MergeError(
                 f"model {target.model!r}: `{key}` in {target.folder}/config.json is {json.dumps(target.config[key])}, the pivot's is "
                 f"{json.dumps(pivot.config[key])} ({pivot.folder}): only models of one architecture merge; make every target from this pivot"
@@ -121,7 +142,7 @@ def _same_values(model: Checkpoint, first: str, second: str) -> bool:
     a, b = model.tensors[first], model.tensors[second]
     step = 1 << 20
     return (a.dtype, a.shape) == (b.dtype, b.shape) and all(
-        torch.equal(
+        np.array_equal(
             model.read(first, start, min(start + step, a.size)), model.read(second, start, min(start + step, a.size))
         )
         for start in range(0, a.size, step)
@@ -135,7 +156,7 @@ def _compare_tensors(pivot: Checkpoint, target: Checkpoint, names: Sequence[str]
                 f"model {target.model!r}: tensor {name!r} is missing in {target.folder} (the pivot has it in {_file(pivot, name)}): "
                 f"export the target again from a model of the pivot's class{_nearest(name, target.tensors)}"
             )
-        _compare_shapes(pivot, target, name)
+        _compare_shapes(pivot, name, target, name)
     extra = [name for name in target.tensors if name not in pivot.tensors and name not in tied]
     if extra:
         raise MergeError(
@@ -144,23 +165,22 @@ def _compare_tensors(pivot: Checkpoint, target: Checkpoint, names: Sequence[str]
         )
 
 
-def _compare_shapes(pivot: Checkpoint, target: Checkpoint, name: str) -> None:
-    ours, theirs = pivot.tensors[name], target.tensors[name]
+def _compare_shapes(pivot: Checkpoint, name: str, target: Checkpoint, other: str) -> None:
+    ours, theirs = pivot.tensors[name], target.tensors[other]
+    where = f"model {target.model!r}: tensor {other!r} in {_file(target, other)}"
     if ours.shape != theirs.shape:
-        if name.endswith(_INPUT_ROWS + _OUTPUT_ROWS) and ours.shape[1:] == theirs.shape[1:]:
+        if other.endswith(_INPUT_ROWS + _OUTPUT_ROWS) and ours.shape[1:] == theirs.shape[1:]:
             raise MergeError(
-                f"model {target.model!r}: tensor {name!r} in {_file(target, name)} has {theirs.shape[0]} vocabulary rows, the pivot's has {ours.shape[0]}: "
+                f"{where} has {theirs.shape[0]} vocabulary rows, the pivot's has {ours.shape[0]}: "
                 "merging neither adds nor drops tokens. Train the target on the pivot's own tokenizer, or bring its embeddings back with "
                 f"model.resize_token_embeddings({ours.shape[0]}) if the rows past the pivot's are padding"
             )
         raise MergeError(
-            f"model {target.model!r}: tensor {name!r} in {_file(target, name)} has the shape {list(theirs.shape)}, the pivot's {list(ours.shape)}: "
+            f"{where} has the shape {list(theirs.shape)}, the pivot's {list(ours.shape)}: "
             "only models of one size merge; make every target from this pivot"
         )
     if ours.dtype != theirs.dtype and not (ours.dtype in MERGEABLE and theirs.dtype in MERGEABLE):
-        raise MergeError(
-            f"model {target.model!r}: tensor {name!r} in {_file(target, name)} is {theirs.dtype}, the pivot's {ours.dtype}: export both in one floating type"
-        )
+        raise MergeError(f"{where} is {theirs.dtype}, the pivot's {ours.dtype}: export both in one floating type")
 
 
 def _nearest(name: str, names: Mapping[str, object]) -> str:

@@ -1,19 +1,20 @@
 """A Hugging Face model folder, read lazily: names, shapes and types from the headers, then ranges of elements where they are needed.
 
-Single `model.safetensors` or shards with `model.safetensors.index.json`. The headers are checked against the file sizes when the folder is opened, so a
-truncated file is refused before anything is read. Called by the gates, the plan and the merge worker.
+Single `model.safetensors` or shards with `model.safetensors.index.json`, on this machine or in an object store. The headers are checked against the file
+sizes when the folder is opened, so a truncated file is refused before anything is read. Called by the gates, the plan and the merge worker.
 """
 
 import json
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
-from fusion_ray.checkpoints.dtypes import ITEM_BYTES, TORCH_DTYPES
+from fusion_ray.checkpoints.dtypes import ITEM_BYTES, NUMPY_DTYPES
 from fusion_ray.checkpoints.errors import MergeError
+from fusion_ray.checkpoints.files import Files, files_of
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -41,47 +42,49 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One model: its name in messages, its folder, its config.json and its tensors by name in the order of the files."""
+    """One model: its name in messages, its files, its config.json and its tensors by name in the order of the files."""
 
     model: str
-    folder: str
+    files: Files
     config: dict[str, object]
     tensors: dict[str, TensorInfo]
+
+    @property
+    def folder(self) -> str:
+        return self.files.root
 
     @property
     def bytes(self) -> int:
         return sum(tensor.bytes for tensor in self.tensors.values())
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Elements `start : stop` of the flattened tensor, (stop - start,) in the stored type. Raises MergeError when the file has become shorter."""
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.generic]:
+        """Elements `start : stop` of the flattened tensor, (stop - start,) as they are stored. Raises as `read_into`."""
         info = self.tensors[name]
-        stop = info.size if stop is None else stop
-        item = ITEM_BYTES[info.dtype]
-        path = os.path.join(self.folder, info.file)
-        buffer = bytearray((stop - start) * item)
-        if not buffer:
-            return torch.empty(0, dtype=TORCH_DTYPES[info.dtype])
-        with open(path, "rb", buffering=0) as file:
-            file.seek(info.offset + start * item)
-            view, done = memoryview(buffer), 0
-            while done < len(buffer):
-                count = file.readinto(view[done:])
-                if not count:
-                    raise MergeError(
-                        f"model {self.model!r}: {path} ended while tensor {name!r} was read, and was whole when it was opened: "
-                        "do not change model folders while they are merged; run again"
-                    )
-                done += count
-        return torch.frombuffer(buffer, dtype=TORCH_DTYPES[info.dtype])
+        values = np.empty((info.size if stop is None else stop) - start, NUMPY_DTYPES[info.dtype])
+        self.read_into(name, start, values)
+        return values
+
+    def read_into(self, name: str, start: int, values: npt.NDArray[np.generic]) -> None:
+        """The elements from `start` on, as many as `values` (n,) has room for. Raises MergeError when the file has become shorter."""
+        info = self.tensors[name]
+        if not values.size:
+            return
+        buffer = values.view(np.uint8).data
+        if self.files.read_into(info.file, info.offset + start * ITEM_BYTES[info.dtype], buffer) < len(buffer):
+            raise MergeError(
+                f"model {self.model!r}: {self.folder}/{info.file} ended while tensor {name!r} was read, and was whole when it was opened: "
+                "do not change model folders while they are merged; run again"
+            )
 
 
 def open_checkpoint(folder: str, *, model: str) -> Checkpoint:
-    """The model in a local folder, from its headers alone. Raises MergeError for a folder that does not hold a whole safetensors model."""
-    root = Path(folder)
-    config = _read_json(root / "config.json", model)
+    """The model in a folder, from its headers alone. Raises MergeError for a folder that does not hold a whole safetensors model."""
+    files = files_of(folder)
+    root = files.root
+    config = _read_json(files, "config.json", model)
     tensors: dict[str, TensorInfo] = {}
-    for file, listed in _files(root, model).items():
-        found = read_header(root / file, model=model)
+    for file, listed in _shards(files, model).items():
+        found = read_header(files, file, model=model)
         if listed is not None:
             _compare_with_index(root, file, listed, set(found), model)
         for name, info in found.items():
@@ -92,40 +95,39 @@ def open_checkpoint(folder: str, *, model: str) -> Checkpoint:
             tensors[name] = info
     if not tensors:
         raise MergeError(f"model {model!r}: the safetensors files in {root} hold no tensor")
-    return Checkpoint(model, str(folder), config, tensors)
+    return Checkpoint(model, files, config, tensors)
 
 
-def read_header(path: Path, *, model: str) -> dict[str, TensorInfo]:
+def read_header(files: Files, name: str, *, model: str) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file. Raises MergeError for a file that is truncated, damaged or of an unknown element type."""
-    where = f"model {model!r}: {path}"
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-            raise MergeError(
-                f"{where} is truncated or not a safetensors file ({size} bytes, header of {length}): download or export it again"
-            )
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise MergeError(f"{where} has a damaged header ({error}): download or export it again") from error
+    where = f"model {model!r}: {files.root}/{name}"
+    size = files.size(name)
+    length = int.from_bytes(_bytes(files, name, 0, min(size, 8)), "little")
+    if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+        raise MergeError(
+            f"{where} is truncated or not a safetensors file ({size} bytes, header of {length}): download or export it again"
+        )
+    try:
+        header = json.loads(_bytes(files, name, 8, length))
+    except ValueError as error:
+        raise MergeError(f"{where} has a damaged header ({error}): download or export it again") from error
     header.pop("__metadata__", None)
     infos: dict[str, TensorInfo] = {}
     end = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+    for tensor, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         if dtype not in ITEM_BYTES:
             raise MergeError(
-                f"{where}: tensor {name!r} has the element type {dtype}; merging takes {', '.join(ITEM_BYTES)}: export the model dequantised"
+                f"{where}: tensor {tensor!r} has the element type {dtype}; merging takes {', '.join(ITEM_BYTES)}: export the model dequantised"
             )
-        infos[name] = TensorInfo(name, dtype, shape, path.name, 8 + length + start)
-        if start != end or stop - start != infos[name].bytes:
+        infos[tensor] = TensorInfo(tensor, dtype, shape, name, 8 + length + start)
+        if start != end or stop - start != infos[tensor].bytes:
             raise MergeError(
-                f"{where}: the header's offsets of tensor {name!r} do not fit its shape {list(shape)}: export it again"
+                f"{where}: the header's offsets of tensor {tensor!r} do not fit its shape {list(shape)}: export it again"
             )
         end = stop
     if size != 8 + length + end:
-        last = next((name for name, info in infos.items() if info.offset + info.bytes > size), None)
+        last = next((each for each, info in infos.items() if info.offset + info.bytes > size), None)
         at = f"; it ends within tensor {last!r}" if last else ""
         raise MergeError(
             f"{where} is truncated or damaged: {size} bytes, its header says {8 + length + end}{at}: download or export it again"
@@ -133,51 +135,59 @@ def read_header(path: Path, *, model: str) -> dict[str, TensorInfo]:
     return infos
 
 
-def _files(root: Path, model: str) -> dict[str, set[str] | None]:
+def _shards(files: Files, model: str) -> dict[str, set[str] | None]:
     """The files of the model, each with the tensors that the index lists for it (None without an index). A single file comes first, as in transformers."""
-    if (root / SINGLE).is_file():
+    root, names = files.root, set(files.names())
+    if SINGLE in names:
         return {SINGLE: None}
-    if not (root / INDEX).is_file():
-        others = sorted(path.name for path in root.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
+    if INDEX not in names:
+        others = sorted(name for name in names if "/" not in name and name.endswith((".bin", ".pt", ".pth", ".gguf")))
         hint = (
             f" (it has {', '.join(others)}: convert to safetensors, pickled weights are never loaded)" if others else ""
         )
         raise MergeError(f"model {model!r}: {root} holds neither {SINGLE} nor {INDEX}{hint}")
-    weight_map = _read_json(root / INDEX, model).get("weight_map")
+    weight_map = _read_json(files, INDEX, model).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise MergeError(f"model {model!r}: {root / INDEX} has no `weight_map`: export the model again")
-    files: dict[str, set[str] | None] = {}
+        raise MergeError(f"model {model!r}: {root}/{INDEX} has no `weight_map`: export the model again")
+    shards: dict[str, set[str] | None] = {}
     for name, file in weight_map.items():
         if os.path.basename(str(file)) != file:
             raise MergeError(
-                f"model {model!r}: {root / INDEX} leads out of the folder with {file!r} for tensor {name!r}"
+                f"model {model!r}: {root}/{INDEX} leads out of the folder with {file!r} for tensor {name!r}"
             )
-        listed = files.setdefault(file, set())
+        listed = shards.setdefault(file, set())
         assert listed is not None
         listed.add(name)
-    for file in files:
-        if not (root / file).is_file():
+    for file in shards:
+        if file not in names:
             raise MergeError(
-                f"model {model!r}: the shard {file} that {root / INDEX} lists is missing: download or export it again"
+                f"model {model!r}: the shard {file} that {root}/{INDEX} lists is missing: download or export it again"
             )
-    return dict(sorted(files.items()))
+    return dict(sorted(shards.items()))
 
 
-def _compare_with_index(root: Path, file: str, listed: set[str], found: set[str], model: str) -> None:
+def _compare_with_index(root: str, file: str, listed: set[str], found: set[str], model: str) -> None:
     for names, problem in (
         (listed - found, "is listed for it but not in it"),
         (found - listed, "is in it but not listed"),
     ):
         if names:
             raise MergeError(
-                f"model {model!r}: {root / file} and {INDEX} differ: tensor {min(names)!r} {problem} "
+                f"model {model!r}: {root}/{file} and {INDEX} differ: tensor {min(names)!r} {problem} "
                 f"({len(names)} in all): download or export the model again"
             )
 
 
-def _read_json(path: Path, model: str) -> dict[str, object]:
+def _bytes(files: Files, name: str, offset: int, count: int) -> bytes:
+    buffer = bytearray(count)
+    done = files.read_into(name, offset, memoryview(buffer))
+    return bytes(buffer[:done])
+
+
+def _read_json(files: Files, name: str, model: str) -> dict[str, object]:
+    path = f"{files.root}/{name}"
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(files.read(name).decode())
     except OSError as error:
         raise MergeError(
             f"model {model!r}: cannot read {path}: {error.strerror or error}; give a Hugging Face model folder"

@@ -1,60 +1,105 @@
-"""Writes one safetensors shard piece by piece: never the whole shard, nor a whole tensor, in memory; whole on disk or not at all."""
+"""Writes one safetensors shard piece by piece: never the whole shard, nor a whole tensor, in memory; whole on disk or not at all.
 
+The file is laid out before the first piece comes, so pieces may come in any order and from several threads.
+"""
+
+import hashlib
 import json
 import os
 import secrets
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
-from fusion_ray.checkpoints.dtypes import TORCH_DTYPES
+from fusion_ray.checkpoints.dtypes import NUMPY_DTYPES
 from fusion_ray.checkpoints.plan import WorkUnit
+
+_HASHED_AT_A_TIME = 1 << 20
 
 
 class ShardWriter:
-    """Context manager. `write` takes the elements of the unit's tensors in the unit's order; the file appears under its name when all have come."""
+    """Context manager. `write` takes elements of the unit's tensors; the file appears under its name when all have come."""
 
     def __init__(self, path: str | Path, unit: WorkUnit) -> None:
         self._path = Path(path)
         self._temporary = self._path.with_name(f"{self._path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-        self._unit = unit
-        self._remaining = [tensor.size for tensor in unit.tensors]
-        self._current = 0
+        self._tensors = {tensor.name: tensor for tensor in unit.tensors}
+        self._remaining = {tensor.name: tensor.size for tensor in unit.tensors}
+        self._lock = threading.Lock()
+        header = shard_header(unit)
+        self._ends: dict[str, int] = {}
+        end = len(header)
+        for tensor in unit.tensors:
+            end += tensor.bytes
+            self._ends[tensor.name] = end
+        self._header, self._size = header, end
+        self._hash = hashlib.sha256()
+        self._hashed = 0
+        self._room = memoryview(bytearray(_HASHED_AT_A_TIME))
 
     def __enter__(self) -> Self:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._temporary, "wb")
-        self._file.write(shard_header(self._unit))
+        self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            os.ftruncate(self._file, self._size)
+            self._write_at(0, memoryview(self._header))
+        except BaseException:
+            self._discard()
+            raise
         return self
 
-    def write(self, name: str, values: torch.Tensor) -> None:
-        """Append elements (n,) of the tensor whose turn it is, in its planned type."""
-        if values.numel() == 0:
+    def write(self, name: str, start: int, values: npt.NDArray[np.generic]) -> None:
+        """The elements (n,) of a tensor from `start` on, in its planned type. Each element must come once."""
+        tensor = self._tensors[name]
+        assert values.dtype == NUMPY_DTYPES[tensor.dtype], f"{name} is planned as {tensor.dtype}, not {values.dtype}"
+        assert start + values.size <= tensor.size, f"{name} has more elements than its plan"
+        if not values.size:
             return
-        while self._remaining[self._current] == 0:
-            self._current += 1
-        tensor = self._unit.tensors[self._current]
-        assert tensor.name == name, f"{tensor.name} is to be written before {name}"
-        assert values.dtype == TORCH_DTYPES[tensor.dtype], f"{name} is planned as {tensor.dtype}, not {values.dtype}"
-        assert values.numel() <= self._remaining[self._current], f"{name} has more elements than its plan"
-        self._remaining[self._current] -= values.numel()
-        self._file.write(values.contiguous().view(torch.uint8).numpy().data)
+        at = self._ends[name] - tensor.bytes + start * values.itemsize
+        self._write_at(at, np.ascontiguousarray(values).view(np.uint8).data)
+        with self._lock:
+            self._remaining[name] -= values.size
+
+    def hash_up_to(self, name: str) -> None:
+        """Take what lies before the end of this tensor into the file's sha256; all of it must have been written. Called in the unit's order."""
+        self._hash_to(self._ends[name])
+
+    @property
+    def sha256(self) -> str:
+        """Of the whole file, once it is finished."""
+        assert self._hashed == self._size, "the shard is not finished"
+        return self._hash.hexdigest()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             if kind is None:
-                assert not any(self._remaining), f"{self._path.name}: not every tensor was written"
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
+                assert not any(self._remaining.values()), f"{self._path.name}: not every tensor was written"
+                self._hash_to(self._size)
+                os.fsync(self._file)
                 os.replace(self._temporary, self._path)
         finally:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
+            self._discard()
+
+    def _hash_to(self, end: int) -> None:
+        while self._hashed < end:
+            count = os.preadv(self._file, [self._room[: end - self._hashed]], self._hashed)
+            self._hash.update(self._room[:count])
+            self._hashed += count
+
+    def _write_at(self, offset: int, data: memoryview) -> None:
+        while data:
+            count = os.pwrite(self._file, data, offset)
+            data, offset = data[count:], offset + count
+
+    def _discard(self) -> None:
+        os.close(self._file)
+        self._temporary.unlink(missing_ok=True)
 
 
 def shard_header(unit: WorkUnit) -> bytes:

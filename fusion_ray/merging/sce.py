@@ -2,88 +2,169 @@
 
 For one tensor, with delta_j = theta_j - theta_v of the M targets:
 
-    select      dhat_j = delta_j at the selected positions, else 0                      (selection.py)
+    select      dhat_j = delta_j at the selected positions, else 0
     calculate   eta_j = sum(dhat_j^2) / sum_j sum(dhat_j^2)
     erase       s = sum_j dhat_j;  d'_j = 0 where dhat_j has the sign opposite to s, else dhat_j
-    merged      theta_v + sum_j eta_j d'_j          no renormalisation; what is not selected stays at the pivot's value
+    merged      theta_v + sum_j eta_j d'_j          no renormalisation; what is not selected stays at the base's value
+
+Selected are, of the positions whose variance over the targets is not zero, the first int(select_topk * their number) by it (`selection.py`); 1 switches
+Select off. eta is uniform where all dhat are zero.
 
 variant "paper": the above. Where s is exactly 0 no sign is opposite to it and nothing is erased.
 variant "fusechat_release": Select shapes eta alone; erase and sum take the whole delta_j, a zero s counts as positive, a zero delta is erased, and the
 result is divided at each position by the eta that survive there.
 variant "mergekit" (0.1.5): the sum takes dhat_j, divided likewise (by no less than 1e-6), and eta is uniform where sum_j mean(dhat_j^2) < 1e-6.
-eta is uniform where all dhat are zero.
 """
 
-import math
-from collections.abc import Sequence
+import numpy as np
+import numpy.typing as npt
+from numba import njit
 
-import torch
-
-from fusion_ray.merging.blocks import Block, Blocks, TensorMerge, Weights, chunk_sums, shares, weighted_sum
-from fusion_ray.merging.selection import Selection, select
+from fusion_ray.merging.blocks import (
+    CHUNK,
+    Block,
+    Blocks,
+    Doubles,
+    Floats,
+    Scratch,
+    TensorMerge,
+    Weights,
+    exact_sum,
+    shares,
+)
+from fusion_ray.merging.kernels import chunks_of, dot
+from fusion_ray.merging.selection import EVERYTHING, Ranks, Selection, as_arrays, rank_variance, select_top
+from fusion_ray.merging.task_vectors import add_elected, take_deltas
 
 _MERGEKIT_UNIFORM_BELOW = 1e-6
 _MERGEKIT_LEAST_DIVISOR = 1e-6
+_SMALLEST = 2.0**-1022  # no eta is smaller without being zero
+VARIANTS = ("paper", "fusechat_release", "mergekit")
 
 
 def sce(
     blocks: Blocks, weights: Weights | None = None, *, variant: str = "paper", select_topk: float = 0.1
 ) -> TensorMerge:
-    """SCE made ready for one tensor in up to four passes over it. Raises ValueError for an unknown variant. `weights` is not used."""
-    if variant not in ("paper", "fusechat_release", "mergekit"):
-        raise ValueError(f"sce variant {variant!r}: give paper, fusechat_release or mergekit")
-    selection = select(blocks, select_topk)
+    """SCE made ready for one tensor in three passes over it. Raises ValueError for an unknown variant. `weights` is not used."""
+    if variant not in VARIANTS:
+        raise ValueError(f"sce variant {variant!r}: give {', '.join(VARIANTS[:-1])} or {VARIANTS[-1]}")
+    selection = _select(blocks, select_topk)
     eta = _calculate(blocks, selection, floor=_MERGEKIT_UNIFORM_BELOW if variant == "mergekit" else 0.0)
-    if variant == "paper":
-        return TensorMerge(eta, lambda block: _merge_paper(block, selection, eta))
-    if variant == "mergekit":
-        return TensorMerge(
-            eta, lambda block: _merge_renormalised(block, _selected(block, selection), eta, _MERGEKIT_LEAST_DIVISOR)
-        )
-    return TensorMerge(eta, lambda block: _merge_renormalised(block, block.deltas, eta, 0.0))
+    return TensorMerge(eta, _Erase(blocks.targets, variant, selection, eta))
+
+
+def _select(blocks: Blocks, select_topk: float) -> Selection:
+    if select_topk >= 1:
+        return EVERYTHING
+    (selection,) = select_top(blocks, rank_variance, rows=1, count=lambda row, nonzero: int(select_topk * nonzero))
+    return selection
 
 
 def _calculate(blocks: Blocks, selection: Selection, *, floor: float) -> Weights:
     """eta (equation 6); uniform where the mean squares of all targets add up to less than `floor`."""
-    sums: list[list[float]] | None = None
-    size = 0
+    masked = _Masked(blocks.targets, selection)
+    sums: list[Doubles] = []
     for block in blocks:
-        size += block.pivot.numel()
-        sums = sums or [[] for _ in block.targets]
-        for target, delta in enumerate(_selected(block, selection)):
-            sums[target].extend(chunk_sums(delta.double().square_()))
-    if sums is None:
-        raise ValueError("a tensor without elements has no blocks and cannot be merged: copy it")
-    squares = [math.fsum(parts) for parts in sums]
-    return shares(squares if math.fsum(squares) / size >= floor else [0.0] * len(squares))
+        of_block = np.empty((blocks.targets, chunks_of(block.size)))
+        _square_chunks(masked(block), of_block)
+        sums.append(of_block)
+    squares = [exact_sum([each[j] for each in sums]) for j in range(blocks.targets)]
+    return shares(squares if sum(squares) / blocks.size >= floor else [0.0] * len(squares))
 
 
-def _selected(block: Block, selection: Selection) -> list[torch.Tensor]:
-    mask = selection.mask(block)
-    return [delta * mask for delta in block.deltas]
+class _Masked:
+    """dhat of one block after the other, in order; the array is used again."""
+
+    def __init__(self, targets: int, selection: Selection) -> None:
+        self._everything = selection.everything
+        self._thresholds, self._remaining = as_arrays([selection])
+        self._targets = targets
+        self._deltas = Scratch(np.float32)
+        self._ranks = Scratch(np.uint32)
+
+    def __call__(self, block: Block) -> Floats:
+        deltas = self._deltas.take(self._targets, block.size)
+        take_deltas(block, deltas)
+        if not self._everything:
+            ranks = self._ranks.take(1, block.size)
+            rank_variance(block, ranks)
+            _mask(ranks[0], self._thresholds, self._remaining, deltas)
+        return deltas
 
 
-def _sum_of(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
-    """In float64: its sign decides what is erased, and two large deltas of opposite sign may nearly cancel."""
-    total = deltas[0].double()
-    for delta in deltas[1:]:
-        total = total + delta
-    return total
+class _Erase:
+    """The last step of one tensor, block after block, in order."""
+
+    def __init__(self, targets: int, variant: str, selection: Selection, eta: Weights) -> None:
+        self._masked = _Masked(targets, EVERYTHING if variant == "fusechat_release" else selection)
+        self._paper = variant == "paper"
+        self._eta = np.asarray(eta, np.float64)
+        self._voices = np.ones(targets)
+        self._least = _MERGEKIT_LEAST_DIVISOR if variant == "mergekit" else 0.0
+
+    def __call__(self, block: Block, out: Floats) -> None:
+        deltas = self._masked(block)
+        if self._paper:
+            _add_unopposed(block.base, deltas, self._eta, out)
+        else:
+            add_elected(block.base, deltas, self._voices, self._eta, True, _SMALLEST, self._least, 1.0, out)
 
 
-def _merge_paper(block: Block, selection: Selection, eta: Weights) -> torch.Tensor:
-    deltas = _selected(block, selection)
-    sign = torch.sign(_sum_of(deltas)).to(torch.float32)
-    kept = [torch.where(delta * sign < 0, 0.0, delta) for delta in deltas]
-    return block.pivot + weighted_sum(kept, eta)
+@njit(cache=True, nogil=True)
+def _mask(ranks: Ranks, thresholds: npt.NDArray[np.int64], remaining: npt.NDArray[np.int64], deltas: Floats) -> None:
+    """deltas = 0 where the rank is below the threshold, or equal to it when no ties remain."""
+    least, left = np.uint32(thresholds[0]), remaining[0]
+    room = np.empty(CHUNK, np.float32)
+    for start in range(0, ranks.size, CHUNK):
+        rank = ranks[start : start + CHUNK]
+        keep = room[: rank.size]
+        equal = np.uint32(0)
+        for i in range(rank.size):
+            keep[i] = np.float32(1.0) if rank[i] >= least else np.float32(0.0)
+            equal += np.uint32(rank[i] == least)
+        if equal > left:
+            for i in range(rank.size):
+                if rank[i] == least:
+                    if left > 0:
+                        left -= 1
+                    else:
+                        keep[i] = np.float32(0.0)
+        else:
+            left -= equal
+        for j in range(deltas.shape[0]):
+            delta = deltas[j, start : start + CHUNK]
+            for i in range(keep.size):
+                delta[i] *= keep[i]
+    remaining[0] = left
 
 
-def _merge_renormalised(block: Block, deltas: list[torch.Tensor], eta: Weights, least: float) -> torch.Tensor:
-    """Erase, then divide by the surviving eta; a position where none survives stays at the pivot's value."""
-    majority = torch.where(_sum_of(deltas) >= 0, 1.0, -1.0).to(torch.float32)
-    survives = [delta * majority > 0 for delta in deltas]
-    divisor = weighted_sum([mask.to(torch.float32) for mask in survives], eta).clamp_(min=least)
-    divisor[divisor == 0] = 1.0
-    return (
-        block.pivot + weighted_sum([delta * mask for delta, mask in zip(deltas, survives, strict=True)], eta) / divisor
-    )
+@njit(cache=True, nogil=True)
+def _square_chunks(deltas: Floats, sums: Doubles) -> None:
+    for j in range(deltas.shape[0]):
+        for chunk in range(sums.shape[1]):
+            delta = deltas[j, chunk * CHUNK : (chunk + 1) * CHUNK]
+            sums[j, chunk] = dot(delta, delta)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _add_unopposed(base: Floats, deltas: Floats, eta: Doubles, out: Floats) -> None:
+    """The paper's erase and sum. The sign is that of a float64 sum: two large deltas of opposite sign may nearly cancel."""
+    signs, totals = np.empty(CHUNK, np.float64), np.empty(CHUNK, np.float64)
+    for start in range(0, out.size, CHUNK):
+        of_base, merged = base[start : start + CHUNK], out[start : start + CHUNK]
+        sign, total = signs[: merged.size], totals[: merged.size]
+        sign[:] = 0.0
+        total[:] = 0.0
+        for j in range(deltas.shape[0]):
+            delta = deltas[j, start : start + CHUNK]
+            for i in range(sign.size):
+                sign[i] += delta[i]
+        for i in range(sign.size):
+            sign[i] = (1.0 if sign[i] > 0.0 else 0.0) - (1.0 if sign[i] < 0.0 else 0.0)
+        for j in range(deltas.shape[0]):
+            delta, weight = deltas[j, start : start + CHUNK], eta[j]
+            for i in range(sign.size):
+                value = np.float64(delta[i])
+                total[i] += weight * value if value * sign[i] >= 0.0 else 0.0
+        for i in range(sign.size):
+            merged[i] = np.float32(np.float64(of_base[i]) + total[i])

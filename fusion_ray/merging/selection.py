@@ -1,96 +1,160 @@
-"""SCE's Select: the positions of a tensor where the targets differ most, exactly, in blocks (arXiv 2408.07990, equation 5).
+"""The positions of a tensor that come first by some rank, exactly, in blocks: SCE's Select by variance, TIES' and Breadcrumbs' trimming by magnitude.
 
-With delta_j = theta_j - theta_v the variance at a position is taken over the M targets, in float64, and ranked as float32. Of the positions whose
-variance is not zero the first int(select_topk * their number) by variance are selected. Ties at the threshold go to the lowest positions.
-
-The threshold is found without sorting: a histogram of the upper 16 bits of the float32 variance, then one of the lower 16 bits within the bucket that
-holds it (the bits of non-negative floats order as the floats do), then the place of the last tie that is taken.
+A rank is a uint32 that orders as what is ranked does: the bits of a non-negative float32. The threshold is found without sorting: a histogram of the upper 16
+bits, then one of the lower 16 bits within the bucket that holds it. Ties at the threshold go to the lowest positions, so a mask is made block after block, in
+order, counting the ties taken so far. Legend of letters: R ranked rows (one for the variance, M for magnitudes), n elements of a block.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
+import numpy.typing as npt
+from numba import njit
 
-from fusion_ray.merging.blocks import Block, Blocks
+from fusion_ray.merging.blocks import CHUNK, Block, Blocks, Floats, Scratch
 
+Ranks = npt.NDArray[np.uint32]
+Ranker = Callable[[Block, Ranks], None]  # fills (R, n)
 _SMALLEST = 2.0**-149  # float32's smallest positive number: a variance below it still is not zero
 _HALF = 1 << 16
+_ABSOLUTE = np.uint32(0x7FFFFFFF)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Selected are the positions whose rank is above `threshold`, and those equal to it that lie before `cut`."""
+    """Selected are the positions whose rank is above `threshold`, and the first `ties` of those equal to it; `threshold` -1: every position."""
 
     threshold: int
-    cut: int
-    count: int
-    everything: bool = False
+    ties: int
 
-    def mask(self, block: Block) -> torch.Tensor:
-        """(n,) bool of a block."""
-        if self.everything:
-            return torch.ones(block.pivot.numel(), dtype=torch.bool)
-        if self.count == 0:
-            return torch.zeros(block.pivot.numel(), dtype=torch.bool)
-        rank = variance_rank(block)
-        before = max(0, self.cut - block.start)
-        mask = rank > self.threshold
-        mask[:before] |= rank[:before] == self.threshold
-        return mask
+    @property
+    def everything(self) -> bool:
+        return self.threshold < 0
 
 
-def select(blocks: Blocks, select_topk: float) -> Selection:
-    """The selection of one tensor in at most three passes. 1 switches it off: every position, also of zero variance."""
-    if select_topk >= 1:
-        return Selection(0, 0, 0, everything=True)
-    upper = torch.zeros(_HALF >> 1, dtype=torch.int64)
-    nonzero = 0
+EVERYTHING = Selection(-1, 0)
+NOTHING = Selection((1 << 32) - 1, 0)  # above the bits of every finite float
+
+
+def select_top(blocks: Blocks, rank: Ranker, *, rows: int, count: Callable[[int, int], int]) -> tuple[Selection, ...]:
+    """Of each of R ranked rows the selection of the first `count(row, positions whose rank is not zero)`, in two passes over the tensor."""
+    upper = np.zeros((rows, _HALF), np.int64)
+    zeros = np.zeros(rows, np.int64)
+    scratch = Scratch(np.uint32)
     for block in blocks:
-        rank = variance_rank(block)
-        nonzero += int(torch.count_nonzero(rank))
-        upper += torch.bincount(rank >> 16, minlength=_HALF >> 1)
-    count = int(select_topk * nonzero)
-    if count == 0:
-        return Selection(0, 0, 0)
-    bucket, above = _find(upper, count)
-    lower = torch.zeros(_HALF, dtype=torch.int64)
-    for block in blocks:
-        rank = variance_rank(block)
-        lower += torch.bincount(rank[rank >> 16 == bucket] & (_HALF - 1), minlength=_HALF)
-    low, above_low = _find(lower, count - above)
-    threshold = bucket << 16 | low
-    ties = count - above - above_low
-    return Selection(threshold, _place_of_tie(blocks, threshold, ties), count)
+        ranks = scratch.take(rows, block.size)
+        rank(block, ranks)
+        _upper_histogram(ranks, upper, zeros)
+    counts = [count(row, blocks.size - int(zeros[row])) for row in range(rows)]
+    found = [_find(upper[row], counts[row]) if counts[row] > 0 else (-1, 0) for row in range(rows)]
+    buckets = np.array([bucket for bucket, _ in found], np.int64)
+    lower = np.zeros((rows, _HALF), np.int64)
+    if bool((buckets >= 0).any()):
+        for block in blocks:
+            ranks = scratch.take(rows, block.size)
+            rank(block, ranks)
+            _lower_histogram(ranks, buckets, lower)
+    selections = []
+    for row, (bucket, above) in enumerate(found):
+        if counts[row] <= 0:
+            selections.append(NOTHING)
+            continue
+        low, above_low = _find(lower[row], counts[row] - above)
+        selections.append(Selection(bucket << 16 | low, counts[row] - above - above_low))
+    return tuple(selections)
 
 
-def variance_rank(block: Block) -> torch.Tensor:
-    """(n,) int32 that orders as the variance over the targets, zero where it is zero (all targets equal)."""
-    wide = [delta.double() for delta in block.deltas]
-    mean = wide[0].clone()
-    for delta in wide[1:]:
-        mean += delta
-    mean /= len(wide)
-    variance = torch.zeros_like(mean)
-    for delta in wide:
-        variance += (delta - mean).square_()
-    variance /= len(wide)
-    variance = torch.where(variance > 0, variance.clamp(min=_SMALLEST), 0.0)
-    return variance.to(torch.float32).view(torch.int32)
+def as_arrays(selections: Sequence[Selection]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(R,) thresholds and (R,) ties that are still to be taken, which the compiled masks count down."""
+    return (
+        np.array([each.threshold for each in selections], np.int64),
+        np.array([each.ties for each in selections], np.int64),
+    )
 
 
-def _find(histogram: torch.Tensor, count: int) -> tuple[int, int]:
+def rank_variance(block: Block, ranks: Ranks) -> None:
+    """(1, n) ranks by the variance of the task vectors over the targets, population variance in float64; zero where all targets are equal."""
+    _variance(block.base, block.targets, ranks[0])
+
+
+def rank_magnitudes(block: Block, ranks: Ranks) -> None:
+    """(M, n) ranks by the magnitude of each task vector's elements."""
+    _magnitudes(block.base, block.targets, ranks)
+
+
+def _find(histogram: npt.NDArray[np.int64], count: int) -> tuple[int, int]:
     """The bin that holds the count-th entry from the top, and the number of entries in the bins above it."""
-    from_top = histogram.flip(0).cumsum(0)
-    place = int(torch.searchsorted(from_top, count))
+    from_top = np.cumsum(histogram[::-1])
+    place = int(np.searchsorted(from_top, count))
+    if place == from_top.size:
+        raise AssertionError("more positions were asked for than the tensor has: the blocks changed between two passes")
     above = int(from_top[place - 1]) if place else 0
-    return histogram.numel() - 1 - place, above
+    return histogram.size - 1 - place, above
 
 
-def _place_of_tie(blocks: Blocks, threshold: int, ties: int) -> int:
-    """One past the position of the ties-th element whose rank is the threshold."""
-    for block in blocks:
-        places = torch.nonzero(variance_rank(block) == threshold).reshape(-1)
-        if places.numel() >= ties:
-            return block.start + int(places[ties - 1]) + 1
-        ties -= places.numel()
-    raise AssertionError("the histogram counted more ties than the blocks hold: the blocks changed between two passes")
+@njit(cache=True, nogil=True)
+def _upper_histogram(ranks: Ranks, histogram: npt.NDArray[np.int64], zeros: npt.NDArray[np.int64]) -> None:
+    for row in range(ranks.shape[0]):
+        of_row, bins = ranks[row], histogram[row]
+        none = np.int64(0)
+        for i in range(of_row.size):
+            bins[of_row[i] >> np.uint32(16)] += 1
+            none += of_row[i] == 0
+        zeros[row] += none
+
+
+@njit(cache=True, nogil=True)
+def _lower_histogram(ranks: Ranks, buckets: npt.NDArray[np.int64], histogram: npt.NDArray[np.int64]) -> None:
+    for row in range(ranks.shape[0]):
+        if buckets[row] < 0:
+            continue
+        of_row, bins, wanted = ranks[row], histogram[row], np.uint32(buckets[row])
+        for i in range(of_row.size):
+            if of_row[i] >> np.uint32(16) == wanted:
+                bins[of_row[i] & np.uint32(0xFFFF)] += 1
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _variance(base: Floats, targets: Floats, ranks: Ranks) -> None:
+    """M^2 times the variance, sum_{i<j} (delta_i - delta_j)^2: without a mean there is no division, and equal targets have exactly 0."""
+    M = targets.shape[0]
+    deltas, sums = np.empty((M, CHUNK), np.float64), np.empty(CHUNK, np.float64)
+    room = np.empty(CHUNK, np.float32)
+    scale = 1.0 / (M * M)
+    for start in range(0, base.size, CHUNK):
+        of_base, rank = base[start : start + CHUNK], ranks[start : start + CHUNK]
+        total, narrow = sums[: rank.size], room[: rank.size]
+        bits = narrow.view(np.uint32)
+        total[:] = 0.0
+        for j in range(M):
+            target, delta = targets[j, start : start + CHUNK], deltas[j]
+            for i in range(of_base.size):
+                delta[i] = np.float64(target[i] - of_base[i])
+        for j in range(M):
+            one = deltas[j, : rank.size]
+            for k in range(j + 1, M):
+                other = deltas[k, : rank.size]
+                for i in range(total.size):
+                    apart = one[i] - other[i]
+                    total[i] += apart * apart
+        for i in range(total.size):
+            value = total[i] * scale
+            narrow[i] = np.float32(max(value, _SMALLEST)) if total[i] > 0.0 else np.float32(0.0)
+        for i in range(total.size):
+            rank[i] = bits[i]
+
+
+@njit(cache=True, nogil=True)
+def _magnitudes(base: Floats, targets: Floats, ranks: Ranks) -> None:
+    room = np.empty(CHUNK, np.float32)
+    for start in range(0, base.size, CHUNK):
+        of_base = base[start : start + CHUNK]
+        delta = room[: of_base.size]
+        bits = delta.view(np.uint32)
+        for j in range(targets.shape[0]):
+            target, rank = targets[j, start : start + CHUNK], ranks[j, start : start + CHUNK]
+            for i in range(delta.size):
+                delta[i] = target[i] - of_base[i]
+            for i in range(delta.size):
+                rank[i] = bits[i] & _ABSOLUTE

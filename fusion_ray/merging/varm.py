@@ -1,26 +1,32 @@
-"""VaRM, merging by variation ratio (FuseChat v1, arXiv 2402.16107): a target weighs as much as it moved from the pivot.
+"""VaRM, merging by variation ratio (FuseChat v1, arXiv 2402.16107): a target weighs as much as it moved from the base.
 
     W[j, m] = E_m[(theta_j - theta_v)^2] / sum_j E_m[(theta_j - theta_v)^2]
     merged_m = sum_j W[j, m] theta_j = theta_v + sum_j W[j, m] (theta_j - theta_v)
 
 with the mean E over all elements of unit m: one parameter, one matrix (the paper's choice), one decoder layer (a tensor outside the layers is its own
-unit) or the whole model. The second form is computed: it leaves an element that nobody moved exactly at the pivot's value. `square=False` takes
-|theta_j - theta_v| instead. A unit that no target moved has equal weights. The released code does none of this: its weights are always equal.
+unit) or the whole model. The second form is computed: it leaves an element that nobody moved exactly at the base's value. `square=False` takes
+|theta_j - theta_v| instead. A unit that no target moved has equal weights. With a `temperature` T the ratios W become softmax_j(W / T), which the paper
+tried. The released code does none of this: its weights are always equal.
 """
 
-import re
+import math
 from collections.abc import Mapping
 
-import torch
+import numpy as np
+from numba import njit
 
-from fusion_ray.merging.blocks import Block, Blocks, TensorMerge, Weights, shares, weighted_sum
+from fusion_ray.merging.blocks import CHUNK, Blocks, Floats, TensorMerge, Weights, shares
 from fusion_ray.merging.changes import Changes
-
-_LAYER = re.compile(r"^((?:[^.]+\.)*?(\d+))\.(.+)$")
+from fusion_ray.merging.kernels import add_weighted_deltas, as_float32
+from fusion_ray.merging.names import unit_of
 
 
 def varm_weights(
-    changes: Mapping[str, Changes], *, granularity: str = "matrix", square: bool = True
+    changes: Mapping[str, Changes],
+    *,
+    granularity: str = "matrix",
+    square: bool = True,
+    temperature: float | None = None,
 ) -> dict[str, Weights | None]:
     """The weights of every tensor, by name, from the changes of all tensors. None at `parameter` granularity: each element has its own."""
     if granularity == "parameter":
@@ -30,53 +36,69 @@ def varm_weights(
         units.setdefault(unit_of(name, granularity), []).append(change)
     # Every target has the same number of elements in a unit, so the ratio of means is the ratio of sums.
     weights = {
-        unit: shares(
-            [sum(amounts) for amounts in zip(*(c.squares if square else c.absolutes for c in members), strict=True)]
+        unit: _tempered(
+            shares(
+                [
+                    math.fsum(amounts)
+                    for amounts in zip(*(c.squares if square else c.absolutes for c in members), strict=True)
+                ]
+            ),
+            temperature,
         )
         for unit, members in units.items()
     }
     return {name: weights[unit_of(name, granularity)] for name in changes}
 
 
-def varm(blocks: Blocks, weights: Weights | None, *, granularity: str = "matrix", square: bool = True) -> TensorMerge:
-    """VaRM of one tensor with its weights from `varm_weights`; at `parameter` granularity they are computed where they are applied."""
+def varm(
+    blocks: Blocks,
+    weights: Weights | None,
+    *,
+    granularity: str = "matrix",
+    square: bool = True,
+    temperature: float | None = None,
+) -> TensorMerge:
+    """VaRM of one tensor with its weights from `varm_weights`; at `parameter` granularity they are computed where they are applied.
+
+    Raises ValueError without weights at any other, and for a temperature at `parameter` granularity, where there is no ratio to temper but each element's.
+    """
     if granularity == "parameter":
-        return TensorMerge(None, lambda block: _merge_elements(block, square=square))
+        if temperature is not None:
+            raise ValueError(
+                "varm: `temperature` goes with the granularities matrix, layer and model, not with parameter"
+            )
+        return TensorMerge(None, lambda block, out: _merge_elements(block.base, block.targets, square, out))
     if weights is None:
         raise ValueError(
             f"varm at {granularity} granularity needs the tensor's weights: compute them with varm_weights"
         )
-    known = weights
-    return TensorMerge(known, lambda block: block.pivot + weighted_sum(block.deltas, known))
+    narrow = as_float32(weights)
+    return TensorMerge(weights, lambda block, out: add_weighted_deltas(block.base, block.targets, narrow, out))
 
 
-def _merge_elements(block: Block, *, square: bool) -> torch.Tensor:
+def _tempered(ratios: Weights, temperature: float | None) -> Weights:
+    if temperature is None:
+        return ratios
+    largest = max(ratios)
+    return shares([math.exp((ratio - largest) / temperature) for ratio in ratios])
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _merge_elements(base: Floats, targets: Floats, square: bool, out: Floats) -> None:
     """Weights in float64, where the square of the smallest float32 is not zero; where nobody moved every delta is zero, whatever its weight."""
-    deltas = block.deltas
-    amounts = [delta.double().square() if square else delta.double().abs() for delta in deltas]
-    total = amounts[0].clone()
-    for amount in amounts[1:]:
-        total += amount
-    total[total == 0] = 1.0
-    merged = torch.zeros_like(block.pivot)
-    for delta, amount in zip(deltas, amounts, strict=True):
-        merged += delta * (amount / total).to(torch.float32)
-    return block.pivot + merged
-
-
-def unit_of(name: str, granularity: str) -> str:
-    """The unit that a tensor belongs to. Raises ValueError for an unknown granularity."""
-    if granularity == "model":
-        return ""
-    if granularity == "layer":
-        layer = _LAYER.match(name)
-        return layer[1] if layer else name
-    if granularity == "matrix":
-        return name
-    raise ValueError(f"granularity {granularity!r}: give parameter, matrix, layer or model")
-
-
-def layer_and_kind(name: str) -> tuple[int | None, str]:
-    """`model.layers.3.mlp.up_proj.weight` is of layer 3 and kind `mlp.up_proj.weight`; outside the layers: None and the whole name."""
-    layer = _LAYER.match(name)
-    return (int(layer[2]), layer[3]) if layer else (None, name)
+    amounts, totals = np.empty(CHUNK, np.float64), np.empty(CHUNK, np.float64)
+    for start in range(0, out.size, CHUNK):
+        of_base, merged = base[start : start + CHUNK], out[start : start + CHUNK]
+        amount, total = amounts[: merged.size], totals[: merged.size]
+        amount[:] = 0.0
+        total[:] = 0.0
+        for j in range(targets.shape[0]):
+            target = targets[j, start : start + CHUNK]
+            for i in range(amount.size):
+                delta = np.float64(target[i] - of_base[i])
+                size = delta * delta if square else abs(delta)
+                amount[i] += size
+                total[i] += size * delta
+        for i in range(amount.size):
+            moved = total[i] / amount[i] if amount[i] > 0.0 else 0.0
+            merged[i] = np.float32(np.float64(of_base[i]) + moved)

@@ -15,7 +15,8 @@ from fusion_ray.checkpoints.plan import WorkUnit
 from fusion_ray.config import MergeConfig, MergeMethod, ModelConfig, WorkerResources
 from fusion_ray.records import Report
 from fusion_ray.store import Artifact, Manifest
-from fusion_ray.workers.merge_job import MergeJob, run_merge
+from fusion_ray.workers.merge_job import run_merge
+from fusion_ray.workers.merge_plan import MergeJob
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +32,11 @@ def merge(
     config: MergeConfig,
     resources: WorkerResources,
     report: Report,
+    statistics: Sequence[Artifact] = (),
 ) -> Manifest:
     """Merge the targets (name to sealed distill artefact, in the order of the weights) into `out`, a Hugging Face model folder, and seal it.
 
+    `statistics` are artefacts of the targets' statistics against this pivot, in the targets' order: read where they are sealed, else measured and sealed.
     Raises MergeError for models that do not merge, before anything is written, and ValueError for parameters that the method does not take.
     """
     job = MergeJob(
@@ -43,6 +46,8 @@ def merge(
         dtype=config.dtype,
         max_bytes_in_flight=config.max_bytes_in_flight,
         max_shard_bytes=config.max_shard_bytes,
+        threads=max(1, round(resources.cpus)),
+        statistics=tuple(statistics),
     )
     started = time.monotonic()
     logger.info("merge %s: %d targets with %s", method.label, len(targets), method.method)

@@ -5,37 +5,37 @@ the same plan, so the bytes are the same. A unit that is committed is not done a
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
-from fusion_ray.checkpoints.dtypes import BY_CONFIG_NAME, MERGEABLE
 from fusion_ray.checkpoints.errors import MergeError
-from fusion_ray.checkpoints.gates import Compatibility, check_compatible, check_free_space
-from fusion_ray.checkpoints.plan import PlannedTensor, WorkUnit, index_of, plan_units
-from fusion_ray.checkpoints.reader import INDEX, Checkpoint
+from fusion_ray.checkpoints.gates import check_free_space
+from fusion_ray.checkpoints.plan import WorkUnit
+from fusion_ray.merging.blocks import Weights
 from fusion_ray.merging.changes import Changes
 from fusion_ray.merging.methods import METHODS
-from fusion_ray.merging.parameters import complete_parameters
+from fusion_ray.merging.parameters import check_parameters
 from fusion_ray.records import Report
 from fusion_ray.store import Artifact, Manifest, Unit
+from fusion_ray.workers.merge_files import index_unit, model_files
+from fusion_ray.workers.merge_plan import MergeJob, MergePlan, plan_merge
 from fusion_ray.workers.merge_report import fused_figures, merge_report
 from fusion_ray.workers.merge_units import (
     STATISTICS,
     MeasureUnit,
-    MergeJob,
     MergeUnit,
+    from_json,
     merged_tensors,
-    read_statistics,
     statistics_name,
+    to_json,
 )
 from fusion_ray.workers.merger import Models
 
-REPORT = "merge_report.json"
-COPIED = (
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*", "*.py",
-)  # fmt: skip
+logger = logging.getLogger(__name__)
 
+REPORT = "merge_report.json"
+CHANGES = "changes.json"  # of a target's statistics, an artefact of its own
+REUSED = "reused.json"  # which statistics the last run found; no unit: equal merges have equal units, however they came about
 
 # What does the units: calls the function on each item, anywhere and in any order, and yields as they finish.
 Spread = Callable[[Callable[[WorkUnit], None], Sequence[WorkUnit]], Iterator[None]]
@@ -53,47 +53,71 @@ def run_merge(out: Artifact, job: MergeJob, *, spread: Spread, report: Report) -
     """
     if out.sealed:
         return out.manifest()
-    parameters = complete_parameters(job.method, job.parameters, targets=len(job.models) - 1)
+    check_parameters(job.method, job.parameters)
     models = job.open()
-    compatibility = check_compatible(models.pivot, models.targets)
-    units = plan_merge(models.pivot, compatibility, dtype=job.dtype, max_shard_bytes=job.max_shard_bytes)
-    _check_room(out, units, models.block_size)
+    plan = plan_merge(job, models)
+    models.check_bound()
+    _check_room(out, plan.units)
 
-    total = 2 * len(units)
-    done = _Progress(report, total)
-    unmeasured = [unit for unit in units if not out.exists(statistics_name(unit))]
-    done.skip(len(units) - len(unmeasured))
+    done = _Progress(report, 2 * len(plan.units))
+    changes = _measured(out, job, plan, spread, done)
+    weights = _weights(plan, changes)
+    unmerged = [unit for unit in plan.units if out.unit(unit.file) is None]
+    done.skip(len(plan.units) - len(unmerged))
+    done.follow(spread(MergeUnit(job, out, plan.recipes, weights), unmerged), phase="merge")
+    return _finish(out, job, models, plan, changes)
+
+
+def _measured(out: Artifact, job: MergeJob, plan: MergePlan, spread: Spread, done: "_Progress") -> dict[str, Changes]:
+    """The first pass over all shards, for the targets whose statistics are not there yet."""
+    places = list(job.statistics) if plan.alike else []
+    known = {
+        target: from_json(places[target].read_json(CHANGES))
+        for target in plan.targets
+        if target < len(places) and places[target].sealed
+    }
+    missing = tuple(target for target in plan.targets if target not in known)
+    names = [name for name, _ in job.models[1:]]
+    if known:
+        logger.info("merge: statistics of %s reused", ", ".join(names[target] for target in known))
+    if places:
+        out.write_json(REUSED, {"reused": [names[target] for target in known]})
+    unmeasured = [unit for unit in plan.units if missing and not out.exists(statistics_name(unit, missing))]
+    done.skip(len(plan.units) - len(unmeasured))
     try:
-        done.follow(spread(MeasureUnit(job, out), unmeasured), phase="measure")
+        done.follow(spread(MeasureUnit(job, out, plan.recipes, missing), unmeasured), phase="measure")
     except MergeError:
         out.remove(STATISTICS)  # models that do not merge leave nothing behind
+        out.remove(REUSED)
         raise
-    changes = {name: change for unit in units for name, change in read_statistics(out, unit).items()}
+    found: dict[str, Changes] = {}
+    for unit in plan.units if missing else ():
+        found |= from_json(out.read_json(statistics_name(unit, missing)))
+    for at, target in enumerate(missing):
+        known[target] = {name: change.of(at) for name, change in found.items() if at < change.targets}
+        if target < len(places):
+            place = places[target]
+            place.seal([place.commit_bytes(CHANGES, json.dumps(to_json(known[target])).encode())])
+    return {name: _joined([known[t][name] for t in plan.targets if name in known[t]]) for name in known[0]}
 
-    weights = METHODS[job.method].weights(changes, parameters)
-    unmerged = [unit for unit in units if out.unit(unit.file) is None]
-    done.skip(len(units) - len(unmerged))
-    done.follow(spread(MergeUnit(job, out, parameters, weights), unmerged), phase="merge")
-    return _finish(out, job, parameters, models, compatibility, units, changes)
+
+def _joined(changes: Sequence[Changes]) -> Changes:
+    first, *others = changes
+    for other in others:
+        first = first + other
+    return first
 
 
-def plan_merge(
-    pivot: Checkpoint, compatibility: Compatibility, *, dtype: str, max_shard_bytes: int
-) -> tuple[WorkUnit, ...]:
-    """The output's shards. `dtype` is float32, bfloat16, float16 or pivot (each tensor as the pivot stores it); integer tensors stay what they are."""
-    tensors = (pivot.tensors[name] for name in compatibility.tensors)
-    return plan_units(
-        (
-            PlannedTensor(
-                info.name,
-                BY_CONFIG_NAME.get(dtype, info.dtype) if info.dtype in MERGEABLE else info.dtype,
-                info.shape,
-                info.size,
-            )
-            for info in tensors
-        ),
-        max_shard_bytes=max_shard_bytes,
-    )
+def _weights(plan: MergePlan, changes: Mapping[str, Changes]) -> dict[str, Weights | None]:
+    """The method's first phase. Raises ValueError where it goes over all tensors and they have different settings."""
+    settings = [plan.recipes[name] for name in changes]
+    first = next(iter(plan.recipes.values()))
+    method = METHODS[first.method]
+    if method.over_units is not None and any(recipe.parameters != first.parameters for recipe in settings):
+        raise ValueError(
+            f"{first.method} compares tensors with each other, so its settings must be the same for all: leave out filters and gradients"
+        )
+    return method.weights(changes, first.parameters)
 
 
 class _Progress:
@@ -111,50 +135,23 @@ class _Progress:
             self._report({"done": self._done, "total": self._total, "unit": "shards", "phase": phase})
 
 
-def _finish(
-    out: Artifact,
-    job: MergeJob,
-    parameters: Mapping[str, object],
-    models: Models,
-    compatibility: Compatibility,
-    units: Sequence[WorkUnit],
-    changes: Mapping[str, Changes],
-) -> Manifest:
+def _finish(out: Artifact, job: MergeJob, models: Models, plan: MergePlan, changes: Mapping[str, Changes]) -> Manifest:
     """The files around the tensors, the report and the manifest."""
-    committed = [unit for work in units if (unit := out.unit(work.file)) is not None]
-    assert len(committed) == len(units), "a shard was merged and is not committed"
+    committed: list[Unit] = [unit for work in plan.units if (unit := out.unit(work.file)) is not None]
+    assert len(committed) == len(plan.units), "a shard was merged and is not committed"
     merged = {name: tensor for unit in committed for name, tensor in merged_tensors(unit).items()}
-    content = merge_report(
-        models.pivot, models.targets, method=job.method, parameters=parameters, dtype=job.dtype,
-        changes=changes, merged=merged, compatibility=compatibility,
-    )  # fmt: skip
-    if len(units) > 1:
-        committed.append(out.commit_bytes(INDEX, index_of(units)))
-    committed.extend(_copy_files(out, models.pivot, job.dtype))
+    content = merge_report(models.checkpoints, job, plan, changes=changes, merged=merged)
+    committed.extend(index_unit(out, plan.units))
+    committed.extend(model_files(out, job, models.checkpoints))
     committed.append(out.commit_bytes(REPORT, (json.dumps(content, indent=1) + "\n").encode()))
-    info: dict[str, object] = {"method": job.method, "parameters": dict(parameters), "shards": len(units)}
+    info: dict[str, object] = {"method": job.method, "parameters": content["parameters"], "shards": len(plan.units)}
     manifest = out.seal(committed, info | {"fused": fused_figures(changes, merged)})
     out.remove(STATISTICS)
     return manifest
 
 
-def _copy_files(out: Artifact, pivot: Checkpoint, dtype: str) -> Iterator[Unit]:
-    """Config, tokenizer and chat template are the pivot's; the config's element type is changed where the output's differs."""
-    root = Path(pivot.folder)
-    names = {path.relative_to(root).as_posix() for pattern in COPIED for path in root.glob(pattern) if path.is_file()}
-    for name in sorted(names):
-        if name == "config.json" and dtype != "pivot":
-            config = dict(pivot.config)
-            for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
-                config[key] = dtype
-            yield out.commit_bytes(name, (json.dumps(config, indent=2) + "\n").encode())
-        else:
-            yield out.commit_bytes(name, (root / name).read_bytes())
-
-
-def _check_room(out: Artifact, units: Sequence[WorkUnit], block_size: int) -> None:
-    """Room for what is not there yet, and for the largest shard once more: it is written beside its place. `block_size` has checked the bound."""
-    assert block_size > 0
-    missing = [unit.bytes for unit in units if out.unit(unit.file) is None]
+def _check_room(out: Artifact, units: Sequence[WorkUnit]) -> None:
+    """Room for what is not there yet; a shard is written beside its place and renamed."""
+    missing = sum(unit.bytes for unit in units if out.unit(unit.file) is None)
     if missing and out.is_local:
-        check_free_space(out.path(), sum(missing) + max(missing))
+        check_free_space(out.path(), missing)

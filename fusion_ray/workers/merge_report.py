@@ -1,6 +1,6 @@
 """The content of `merge_report.json`: what the HTML report draws of a merge, and what a reader checks.
 
-    {"format": 1, "method", "parameters", "dtype", "pivot", "targets": [name, ...],
+    {"format": 1, "method", "parameters" (those that all tensors share), "dtype", "pivot", "targets": [name, ...],
      "totals": {"parameters", "targets": [{"name", "moved", "norm"}, ...]}, "fused": {"parameters", "moved", "norm"},
      "tensors": {name: {"layer": 0 | null, "kind": "mlp.up_proj.weight", "shape", "weights": [one a target] | null, "moved": [one a target], "norms": [one a
                  target], "fused_moved", "fused_norm"}},
@@ -15,53 +15,62 @@ decoder; kinds cover all tensors. No time, path or host: equal merges have equal
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from fusion_ray.checkpoints.gates import Compatibility
 from fusion_ray.checkpoints.reader import Checkpoint
 from fusion_ray.merging.changes import Changes
-from fusion_ray.merging.varm import layer_and_kind
+from fusion_ray.merging.names import layer_and_kind
+from fusion_ray.workers.merge_plan import MergeJob, MergePlan
 from fusion_ray.workers.merger import MergedTensor
 
 Entry = dict[str, object]
 
 
 def merge_report(
-    pivot: Checkpoint,
-    targets: Sequence[Checkpoint],
+    models: Sequence[Checkpoint],
+    job: MergeJob,
+    plan: MergePlan,
     *,
-    method: str,
-    parameters: Mapping[str, object],
-    dtype: str,
     changes: Mapping[str, Changes],
     merged: Mapping[str, MergedTensor],
-    compatibility: Compatibility,
 ) -> dict[str, object]:
     """The report, from the first pass's changes and the merged tensors' figures, both by tensor name."""
-    names = [name for name in compatibility.tensors if name in merged]
-    size = sum(changes[name].size for name in names)
+    names = [name for name in plan.recipes if name in merged]
+    first = next(iter(plan.recipes.values()))
+    targets = [models[number].model for number in first.models] if plan.alike else [m.model for m in models]
     return {
         "format": 1,
-        "method": method,
-        "parameters": dict(parameters),
-        "dtype": dtype,
-        "pivot": pivot.model,
-        "targets": [target.model for target in targets],
+        "method": job.method,
+        "parameters": _parameters(plan),
+        "dtype": job.dtype,
+        "pivot": models[job.files_of].model,
+        "targets": targets,
         "totals": {
-            "parameters": size,
-            "targets": [
-                {
-                    "name": target.model,
-                    "moved": sum(changes[name].moved[number] for name in names) / size,
-                    "norm": math.sqrt(math.fsum(changes[name].squares[number] for name in names)),
-                }
-                for number, target in enumerate(targets)
-            ],
+            "parameters": sum(changes[name].size for name in names),
+            "targets": [_total(target, number, names, changes) for number, target in enumerate(targets)]
+            if plan.alike
+            else [],
         },
         "fused": fused_figures(changes, merged),
-        "tensors": {name: _tensor(name, pivot, changes[name], merged[name]) for name in names},
+        "tensors": {name: _tensor(name, models, plan, changes[name], merged[name]) for name in names},
         "layers": _groups("layer", lambda name: layer_and_kind(name)[0], names, changes, merged),
         "kinds": _groups("kind", lambda name: layer_and_kind(name)[1], names, changes, merged),
-        "tied": list(compatibility.tied),
-        "config_differences": compatibility.config_differences,
+        "tied": list(plan.tied),
+        "config_differences": plan.config_differences,
+    }
+
+
+def _parameters(plan: MergePlan) -> dict[str, object]:
+    """Those that are the same for all tensors; a file with filters, gradients or slices says the others itself."""
+    first, *others = (recipe.parameters for recipe in plan.recipes.values())
+    same = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in same.items()}
+
+
+def _total(target: str, number: int, names: Sequence[str], changes: Mapping[str, Changes]) -> Entry:
+    size = sum(changes[name].size for name in names)
+    return {
+        "name": target,
+        "moved": sum(changes[name].moved[number] for name in names) / size,
+        "norm": math.sqrt(math.fsum(changes[name].squares[number] for name in names)),
     }
 
 
@@ -75,12 +84,15 @@ def fused_figures(changes: Mapping[str, Changes], merged: Mapping[str, MergedTen
     }
 
 
-def _tensor(name: str, pivot: Checkpoint, change: Changes, merged: MergedTensor) -> Entry:
+def _tensor(name: str, models: Sequence[Checkpoint], plan: MergePlan, change: Changes, merged: MergedTensor) -> Entry:
     layer, kind = layer_and_kind(name)
-    return {
+    recipe = plan.recipes[name]
+    number, stored = recipe.reference
+    sources: Entry = {} if plan.alike else {"targets": [models[each].model for each in recipe.models]}
+    return sources | {
         "layer": layer,
         "kind": kind,
-        "shape": list(pivot.tensors[name].shape),
+        "shape": list(models[number].tensors[stored].shape),
         "weights": None if merged.weights is None else list(merged.weights),
         "moved": [count / change.size for count in change.moved],
         "norms": [math.sqrt(square) for square in change.squares],
@@ -106,7 +118,7 @@ def _groups(
 
 def _mean(names: Sequence[str], changes: Mapping[str, Changes], merged: Mapping[str, MergedTensor]) -> Entry:
     size = sum(changes[name].size for name in names)
-    targets = range(len(changes[names[0]].moved))
+    targets = range(min(changes[name].targets for name in names))
     weights = [(changes[name].size, merged[name].weights) for name in names]
     return {
         "parameters": size,

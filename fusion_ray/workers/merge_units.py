@@ -8,49 +8,36 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fusion_ray.checkpoints.plan import WorkUnit
-from fusion_ray.checkpoints.reader import open_checkpoint
-from fusion_ray.config import ModelConfig
 from fusion_ray.merging.blocks import Weights
 from fusion_ray.merging.changes import Changes
-from fusion_ray.models import local_folder
-from fusion_ray.store import Artifact, Unit
-from fusion_ray.workers.merger import MergedTensor, Models, measure_shard, merge_shard
+from fusion_ray.store import Artifact, Json, Unit
+from fusion_ray.workers.merge_plan import MergeJob
+from fusion_ray.workers.merger import MergedTensor, Recipes, measure_shard, merge_shard
 
 STATISTICS = "_statistics"  # results of the first pass, one file a shard; removed when the artefact is sealed
 
 
-@dataclass(frozen=True)
-class MergeJob:
-    """What is merged and how; picklable. `models` are named places with the pivot first: an artefact, or a reference that `local_folder` makes a folder."""
-
-    models: tuple[tuple[str, Artifact | ModelConfig], ...]
-    method: str
-    parameters: Mapping[str, object]
-    dtype: str
-    max_bytes_in_flight: int
-    max_shard_bytes: int
-
-    def open(self) -> Models:
-        """The models on this machine, from their headers. Raises MergeError for a folder that is not whole."""
-        pivot, *targets = (open_checkpoint(_folder_of(place), model=name) for name, place in self.models)
-        return Models(pivot, tuple(targets), self.max_bytes_in_flight)
+def _silent(name: str) -> None: ...
 
 
 @dataclass(frozen=True)
 class MeasureUnit:
-    """The first pass over one shard; leaves its statistics in the artefact. Picklable."""
+    """The first pass over one shard, for the targets with these places in the recipes; leaves its statistics in the artefact. Picklable."""
 
     job: MergeJob
     out: Artifact
+    recipes: Recipes
+    targets: tuple[int, ...]
+    progress: Callable[[str], None] = _silent
 
     def __call__(self, unit: WorkUnit) -> None:
-        changes = measure_shard(self.job.open(), unit)
-        self.out.write_json(statistics_name(unit), {name: asdict(change) for name, change in changes.items()})
+        changes = measure_shard(self.job.open(), unit, self.recipes, self.targets, self.progress)
+        self.out.write_json(statistics_name(unit, self.targets), to_json(changes))
 
 
 @dataclass(frozen=True)
@@ -59,36 +46,40 @@ class MergeUnit:
 
     job: MergeJob
     out: Artifact
-    parameters: Mapping[str, object]
+    recipes: Recipes
     weights: Mapping[str, Weights | None]
+    progress: Callable[[str], None] = _silent
 
     def __call__(self, unit: WorkUnit) -> None:
         scratch = self.out.path() if self.out.is_local else tempfile.mkdtemp(prefix="fusion_ray_merge_")
         # The name marks it as left over when this process is killed: `seal` removes it.
         path = Path(scratch) / f"{unit.file}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
         try:
-            done = merge_shard(
-                self.job.open(), unit, path, method=self.job.method, parameters=self.parameters, weights=self.weights
+            done, sha256 = merge_shard(
+                self.job.open(), unit, self.recipes, path, weights=self.weights, progress=self.progress
             )
-            info = {
-                name: {"weights": tensor.weights, "moved": tensor.moved, "squares": tensor.squares}
+            info: dict[str, Json] = {
+                name: {"weights": _json(tensor.weights), "moved": tensor.moved, "squares": tensor.squares}
                 for name, tensor in done.items()
             }
-            self.out.commit_file(
-                unit.file, path, rows=len(unit.tensors), info={"tensors": json.loads(json.dumps(info))}
-            )
+            self.out.commit_moved(unit.file, path, sha256=sha256, rows=len(unit.tensors), info={"tensors": info})
         finally:
             path.unlink(missing_ok=True)
             if not self.out.is_local:
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
-def statistics_name(unit: WorkUnit) -> str:
-    return f"{STATISTICS}/{unit.file}.json"
+def statistics_name(unit: WorkUnit, targets: tuple[int, ...]) -> str:
+    """Other targets have other files: a run that was cut off may go on when statistics of some have come from elsewhere."""
+    return f"{STATISTICS}/{unit.file}.{'-'.join(map(str, targets))}.json"
 
 
-def read_statistics(out: Artifact, unit: WorkUnit) -> dict[str, Changes]:
-    """What MeasureUnit left."""
+def to_json(changes: Mapping[str, Changes]) -> dict[str, object]:
+    return {name: asdict(change) for name, change in changes.items()}
+
+
+def from_json(entries: Mapping[str, object]) -> dict[str, Changes]:
+    plain = json.loads(json.dumps(entries))
     return {
         name: Changes(
             size=entry["size"],
@@ -97,7 +88,7 @@ def read_statistics(out: Artifact, unit: WorkUnit) -> dict[str, Changes]:
             moved=tuple(entry["moved"]),
             finite=tuple(entry["finite"]),
         )
-        for name, entry in json.loads(out.read_bytes(statistics_name(unit))).items()
+        for name, entry in plain.items()
     }
 
 
@@ -112,5 +103,5 @@ def merged_tensors(unit: Unit) -> dict[str, MergedTensor]:
     }
 
 
-def _folder_of(place: Artifact | ModelConfig) -> str:
-    return place.local_folder() if isinstance(place, Artifact) else local_folder(place.path, place.revision)
+def _json(weights: Weights | None) -> Json:
+    return None if weights is None else list(weights)

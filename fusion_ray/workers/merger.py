@@ -1,175 +1,210 @@
 """One actor's work in a merge: the first pass over a shard's tensors, and the shard itself. No Ray here; the merge job and the stage call it.
 
-Tensors are read in blocks of every model, computed in float32, cast once and appended to the shard. The bytes do not depend on the size of the blocks, on
-threads, or on who does the work. Memory is bounded by `max_bytes_in_flight` whatever the tensor's size.
+Tensors are read in blocks of every model, computed in float32, cast once and written at their place in the shard. Several tensors are under way at a time,
+one a thread; each reads the next window of its files while it computes the last. The bytes do not depend on the size of the blocks, on threads, or on who
+does the work. What is read at a time is bounded by `max_bytes_in_flight`, whatever the tensor's size.
 """
 
-import contextlib
-import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
-from fusion_ray.checkpoints.dtypes import ITEM_BYTES, MERGEABLE, TORCH_DTYPES
+from fusion_ray.checkpoints.dtypes import MERGEABLE, NUMPY_DTYPES
 from fusion_ray.checkpoints.errors import MergeError
+from fusion_ray.checkpoints.floats import Caster
 from fusion_ray.checkpoints.gates import check_finite, check_same
 from fusion_ray.checkpoints.plan import PlannedTensor, WorkUnit
 from fusion_ray.checkpoints.reader import Checkpoint
 from fusion_ray.checkpoints.writer import ShardWriter
-from fusion_ray.merging.blocks import CHUNK, Block, Weights, chunk_sums
+from fusion_ray.merging.blocks import Doubles, Weights, exact_sum
 from fusion_ray.merging.changes import Changes, measure_changes
 from fusion_ray.merging.methods import METHODS
+from fusion_ray.merging.recipe import TensorRecipe
+from fusion_ray.workers.tensor_blocks import Room, TensorBlocks, smallest_bound
 
-_LARGEST_BLOCK = 1 << 16  # elements: a block of every model and what is computed of it stay near the cache
-_BYTES_PER_ELEMENT = 36  # of one model: as stored and as float32, a delta, two float64 intermediates, masks
+Result = TypeVar("Result")
+Recipes = Mapping[str, TensorRecipe]  # by the name of the output tensor
 
 
 @dataclass(frozen=True)
 class Models:
-    """The open models of one merge and the bound on what is read of them at a time."""
+    """The open models of one merge, how much is read of them at a time, and how many tensors are under way."""
 
-    pivot: Checkpoint
-    targets: tuple[Checkpoint, ...]
+    checkpoints: tuple[Checkpoint, ...]
     max_bytes_in_flight: int
+    threads: int = 1
 
-    @property
-    def all(self) -> tuple[Checkpoint, ...]:
-        return (self.pivot, *self.targets)
-
-    @property
-    def block_size(self) -> int:
-        """Elements of a block. Raises MergeError where the bound leaves no room for the smallest one."""
-        smallest = CHUNK * _BYTES_PER_ELEMENT * len(self.all)
-        if self.max_bytes_in_flight < smallest:
+    def check_bound(self) -> None:
+        """Raises MergeError where the bound leaves no room for the smallest blocks."""
+        least = smallest_bound(len(self.checkpoints), self.threads)
+        if self.max_bytes_in_flight < least:
             raise MergeError(
-                f"max_bytes_in_flight is {self.max_bytes_in_flight}: merging {len(self.all)} models takes at least {smallest}: raise it"
+                f"max_bytes_in_flight is {self.max_bytes_in_flight}: merging {len(self.checkpoints)} models in {self.threads} "
+                f"thread{'s' if self.threads > 1 else ''} takes at least {least}: raise it"
             )
-        return min(_LARGEST_BLOCK, self.max_bytes_in_flight // smallest * CHUNK)
-
-
-class TensorBlocks:
-    """The blocks of one tensor, read from the models' files at each pass; kept in memory after the first where all of them fit the bound."""
-
-    def __init__(self, models: Models, name: str) -> None:
-        self._models = models
-        self._name = name
-        self._size = models.pivot.tensors[name].size
-        self._keep = self._size * _BYTES_PER_ELEMENT * len(models.all) <= models.max_bytes_in_flight // 2
-        self._kept: list[Block] = []
-
-    def __iter__(self) -> Iterator[Block]:
-        if self._kept:
-            yield from self._kept
-            return
-        blocks: list[Block] = []
-        step = self._models.block_size
-        for start in range(0, self._size, step):
-            stop = min(start + step, self._size)
-            pivot, *targets = (model.read(self._name, start, stop).to(torch.float32) for model in self._models.all)
-            block = Block(start, pivot, tuple(targets))
-            if self._keep:
-                blocks.append(block)
-            yield block
-        self._kept = blocks
 
 
 @dataclass(frozen=True)
 class MergedTensor:
-    """What became of one tensor: the targets' weights (None where each element has its own), and how far the result lies from the pivot as stored."""
+    """What became of one tensor: the targets' weights (None where each element has its own), and how far the result lies from the base as stored."""
 
     weights: Weights | None
     moved: int
     squares: float
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Blocks are too small for torch's threads to gain from, and on a busy machine they lose tens of times by spinning. Units run side by side instead."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def usable_threads() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
-@_one_thread()
 def measure_shard(
-    models: Models, unit: WorkUnit, progress: Callable[[str], None] = lambda name: None
+    models: Models,
+    unit: WorkUnit,
+    recipes: Recipes,
+    targets: Sequence[int],
+    progress: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Changes]:
-    """The first pass: how far every target moved, for the tensors of one shard.
+    """The first pass: how far the targets with these places in the recipes moved, for the tensors of one shard.
 
     Raises MergeError for non-finite values, and for an integer or boolean tensor that is not the same in every model: those have no mean.
     """
-    changes: dict[str, Changes] = {}
-    for tensor in unit.tensors:
-        if _is_merged(models, tensor):
-            found = measure_changes(TensorBlocks(models, tensor.name), targets=len(models.targets))
-            check_finite(models.all, tensor.name, found.finite)
-            changes[tensor.name] = found
-        else:
-            for pivot, *targets in _stored_blocks(models.all, models.max_bytes_in_flight, tensor):
-                check_same(models.all, tensor.name, [torch.equal(pivot, target) for target in targets])
-        progress(tensor.name)
+
+    def measure(room: Room, tensor: PlannedTensor) -> Changes | None:
+        recipe = recipes[tensor.name]
+        if not _is_merged(models, recipe):
+            _check_copied(models, recipe)
+            return None
+        chosen = [place for place in targets if place < len(recipe.models)]
+        if not chosen:
+            return None
+        blocks = TensorBlocks(models.checkpoints, recipe, room, places=chosen)
+        found = measure_changes(blocks)
+        at = [recipe.reference, *((recipe.models[place], recipe.names[place]) for place in chosen)]
+        check_finite([(models.checkpoints[number], name) for number, name in at], found.finite)
+        return found
+
+    with _tensors_side_by_side(models, unit, measure) as results:
+        changes: dict[str, Changes] = {}
+        for tensor, found in results:
+            if found is not None:
+                changes[tensor.name] = found
+            progress(tensor.name)
     return changes
 
 
-@_one_thread()
 def merge_shard(
     models: Models,
     unit: WorkUnit,
+    recipes: Recipes,
     path: str | Path,
     *,
-    method: str,
-    parameters: Mapping[str, object],
     weights: Mapping[str, Weights | None],
     progress: Callable[[str], None] = lambda name: None,
-) -> dict[str, MergedTensor]:
-    """Write one shard to `path`, whole or not at all. `weights` come from the method's first phase, by tensor."""
+) -> tuple[dict[str, MergedTensor], str]:
+    """Write one shard to `path`, whole or not at all; its tensors' figures and its sha256. `weights` come from the method's first phase, by tensor."""
     done: dict[str, MergedTensor] = {}
     with ShardWriter(path, unit) as writer:
-        for tensor in unit.tensors:
-            if _is_merged(models, tensor):
-                blocks = TensorBlocks(models, tensor.name)
-                ready = METHODS[method].prepare(blocks, weights[tensor.name], **parameters)
-                done[tensor.name] = _write_merged(writer, tensor, blocks, ready.apply, ready.weights)
-            else:
-                for (values,) in _stored_blocks([models.pivot], models.max_bytes_in_flight, tensor):
-                    writer.write(tensor.name, values)
-            progress(tensor.name)
-    return done
+
+        def merge(room: Room, tensor: PlannedTensor) -> MergedTensor | None:
+            recipe = recipes[tensor.name]
+            if not _is_merged(models, recipe):
+                _copy(models, recipe, tensor, writer)
+                return None
+            return _merge_tensor(models, recipe, room, tensor, weights.get(tensor.name), writer)
+
+        with _tensors_side_by_side(models, unit, merge) as results:
+            for tensor, merged in results:
+                if merged is not None:
+                    done[tensor.name] = merged
+                writer.hash_up_to(tensor.name)
+                progress(tensor.name)
+    return done, writer.sha256
 
 
-def _is_merged(models: Models, tensor: PlannedTensor) -> bool:
-    return tensor.size > 0 and models.pivot.tensors[tensor.name].dtype in MERGEABLE
-
-
-def _write_merged(
-    writer: ShardWriter,
+def _merge_tensor(
+    models: Models,
+    recipe: TensorRecipe,
+    room: Room,
     tensor: PlannedTensor,
-    blocks: TensorBlocks,
-    apply: Callable[[Block], torch.Tensor],
     weights: Weights | None,
+    writer: ShardWriter,
 ) -> MergedTensor:
-    dtype = TORCH_DTYPES[tensor.dtype]
+    method = METHODS[recipe.method]
+    blocks = TensorBlocks(models.checkpoints, recipe, room, whole_rows=method.whole_rows(recipe.parameters))
+    ready = method.prepare(blocks, weights, **recipe.parameters)
+    caster = Caster()
     moved = 0
-    squares: list[float] = []
+    squares: list[Doubles] = []
     for block in blocks:
-        merged = apply(block).to(dtype)
-        if not bool(torch.isfinite(merged).all()):
+        merged = room.output.take(1, block.size)[0]
+        ready.apply(block, merged)
+        stored, found = caster.cast(merged, block.base, tensor.dtype)
+        if found.odd:
             raise MergeError(
                 f"tensor {tensor.name!r}: the merged values leave the range of {tensor.dtype}: write float32 or bfloat16 (merge.dtype)"
             )
-        writer.write(tensor.name, merged)
-        moved += int(torch.count_nonzero(merged != block.pivot.to(dtype)))
-        squares.extend(chunk_sums((merged.to(torch.float32) - block.pivot).double().square_()))
-    return MergedTensor(weights, moved, math.fsum(squares))
+        writer.write(tensor.name, block.start, stored)
+        moved += found.moved
+        squares.append(found.squares)
+    return MergedTensor(ready.weights, moved, exact_sum(squares))
 
 
-def _stored_blocks(models: Sequence[Checkpoint], bound: int, tensor: PlannedTensor) -> Iterator[list[torch.Tensor]]:
+def _is_merged(models: Models, recipe: TensorRecipe) -> bool:
+    number, name = recipe.reference
+    info = models.checkpoints[number].tensors[name]
+    return info.size > 0 and info.dtype in MERGEABLE
+
+
+def _check_copied(models: Models, recipe: TensorRecipe) -> None:
+    """The tensor must be the same in every model."""
+    inputs = [(models.checkpoints[number], name) for number, name in recipe.inputs]
+    for values in _stored_blocks(inputs, models.max_bytes_in_flight // models.threads):
+        check_same(inputs, [bool(np.array_equal(values[0], each)) for each in values])
+
+
+def _copy(models: Models, recipe: TensorRecipe, tensor: PlannedTensor, writer: ShardWriter) -> None:
+    number, name = recipe.reference
+    start = 0
+    for (values,) in _stored_blocks([(models.checkpoints[number], name)], models.max_bytes_in_flight // models.threads):
+        writer.write(tensor.name, start, values)
+        start += values.size
+
+
+def _stored_blocks(inputs: Sequence[tuple[Checkpoint, str]], bound: int) -> Iterator[list[npt.NDArray[np.generic]]]:
     """Ranges of a tensor as the models store it."""
-    step = max(1, bound // (2 * ITEM_BYTES[tensor.dtype] * len(models)))
-    for start in range(0, tensor.size, step):
-        yield [model.read(tensor.name, start, min(start + step, tensor.size)) for model in models]
+    model, name = inputs[0]
+    info = model.tensors[name]
+    step = max(1, bound // (2 * np.dtype(NUMPY_DTYPES[info.dtype]).itemsize * len(inputs)))
+    for start in range(0, info.size, step):
+        yield [each.read(name, start, min(start + step, info.size)) for each, name in inputs]
+
+
+@contextmanager
+def _tensors_side_by_side(
+    models: Models, unit: WorkUnit, work: Callable[[Room, PlannedTensor], Result]
+) -> Iterator[Iterator[tuple[PlannedTensor, Result]]]:
+    """`work` on every tensor of the unit in as many threads as the models say, the results in the unit's order. An error stops the rest."""
+    readers = ThreadPoolExecutor(models.threads, "read")
+    rooms = [Room(models.max_bytes_in_flight // models.threads, readers) for _ in range(models.threads)]
+
+    def do(tensor: PlannedTensor) -> Result:
+        room = rooms.pop()
+        try:
+            return work(room, tensor)
+        finally:
+            rooms.append(room)
+
+    threads = ThreadPoolExecutor(models.threads, "merge")
+    try:
+        yield zip(unit.tensors, threads.map(do, unit.tensors), strict=True)
+    finally:
+        threads.shutdown(cancel_futures=True)
+        readers.shutdown(cancel_futures=True)

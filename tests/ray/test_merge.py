@@ -14,7 +14,7 @@ from fusion_ray.stages.cluster import connected
 from fusion_ray.stages.merge import merge
 from fusion_ray.store import Artifact
 from fusion_ray.workers.merge_job import merge_locally
-from fusion_ray.workers.merge_units import MergeJob
+from fusion_ray.workers.merge_plan import MergeJob
 from tests.folders import moved, random_tensors, write_model
 
 pytestmark = pytest.mark.ray

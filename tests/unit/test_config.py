@@ -36,6 +36,12 @@ def test_minimal_config_takes_the_papers_defaults() -> None:
             {"merge": {"methods": [{"method": "sce", "select_top": 0.1}]}},
             ["merge.methods.0.select_top", "'select_topk'"],
         ),
+        (
+            {"merge": {"methods": [{"method": "ties", "density": [0.5, 1.5]}]}},
+            ["`merge.methods.0.density.1`: Input should be less than or equal to 1 (given: 1.5)"],
+        ),
+        ({"merge": {"methods": [{"method": "ties", "weight": "x"}]}}, ["`merge.methods.0.weight`: ", "given: 'x'"]),
+        ({"merge": {"methods": [{"method": "ties", "lamda": 1}]}}, ["did you mean 'lambda'"]),
         ({"distill": {"lm_weight": 1.5}}, ["`distill.lm_weight`", "less than or equal to 1", "given: 1.5"]),
         ({"sources": [{"name": "pivot", "path": "q"}]}, ["two models are named 'pivot'"]),
         ({"sources": [{"name": "sft", "path": "q"}]}, ["SFT-only control"]),
@@ -49,6 +55,21 @@ def test_bad_values_are_named_and_explained(change: dict[str, object], words: li
         parse_config(MINIMAL | change)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_one_problem_is_told_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(MINIMAL | {"merge": {"methods": [{"method": "ties", "density": 2}]}})
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_method_is_stored_and_read_again_under_its_keys() -> None:
+    method = {"method": "ties", "weight": [0.2, 0.3], "lambda": 0.7}
+    config = parse_config(MINIMAL | {"merge": {"methods": [method]}})
+    assert config.merge.methods[0].parameters == {"weight": (0.2, 0.3), "scale": 0.7}
+    stored = config.model_dump(mode="json")
+    assert stored["merge"]["methods"][0]["lambda"] == 0.7
+    assert parse_config(stored) == config
 
 
 def test_missing_section_is_named() -> None:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from fusion_ray.checkpoints.plan import PlannedTensor, index_of, plan_units
 from fusion_ray.checkpoints.writer import ShardWriter
+from fusion_ray.store import file_sha256
 
 
 def planned(name, shape, dtype="BF16"):
@@ -59,11 +61,13 @@ def test_writes_what_safetensors_reads(tmp_path):
     )
     assert [tensor.name for tensor in unit.tensors] == ["d", "a", "e", "b", "c"]  # wider types first
     with ShardWriter(tmp_path / unit.file, unit) as writer:
-        for tensor in unit.tensors:
+        for tensor in reversed(unit.tensors):  # in any order
             flat = values[tensor.name].reshape(-1)
-            writer.write(tensor.name, flat[:2])
-            if flat.numel() > 2:
-                writer.write(tensor.name, flat[2:])
+            flat = flat.view(torch.uint16).numpy() if flat.dtype == torch.bfloat16 else flat.numpy()
+            writer.write(tensor.name, min(2, flat.size), flat[2:])
+            writer.write(tensor.name, 0, flat[:2])
+        writer.hash_up_to("a")
+    assert writer.sha256 == file_sha256(tmp_path / unit.file)
     found = load_file(tmp_path / unit.file)
     assert all(torch.equal(found[name], value) for name, value in values.items())
     with safe_open(tmp_path / unit.file, "pt") as file:
@@ -75,7 +79,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
     def write_half(*, fail):
         with ShardWriter(tmp_path / unit.file, unit) as writer:
-            writer.write("a", torch.zeros(2))
+            writer.write("a", 0, np.zeros(2, np.float32))
             if fail:
                 raise RuntimeError("stop")
 

@@ -12,11 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from fusion_ray.checkpoints.plan import natural_order
-from fusion_ray.config import ModelConfig
-from fusion_ray.merging.methods import METHODS
-from fusion_ray.store import Artifact
-from fusion_ray.workers.merge_job import merge_locally
-from fusion_ray.workers.merge_units import MergeJob
+from fusion_ray.merge_command import merge_file
 
 GOLDEN = Path(os.environ.get("FUSION_RAY_GOLDEN", Path(__file__).parents[4] / "shared" / "golden"))
 TOLERANCE = 1e-6
@@ -28,48 +24,55 @@ def golden_folders() -> list[Path]:
     ]
 
 
-def settings_of(expected: Path) -> tuple[str, dict[str, object], list[str]] | None:
-    """(method, parameters, targets) that the name of an expected file, or the YAML beside it, says; None for a method that is not here."""
+def targets_of(folder: Path) -> list[str]:
+    return sorted((path.name for path in folder.glob("target*")), key=natural_order)
+
+
+def recipe_of(expected: Path, folder: Path) -> Path:
+    """The merge file of an expected file: the one beside it, or one written here from the name (varm_<granularity>, sce_<variant>_tau<select_topk>)."""
     name = expected.stem.removeprefix("expected_")
-    targets = sorted((path.name for path in expected.parent.glob("target*")), key=natural_order)
+    beside = expected.with_name(f"{name}.yml")
+    if beside.exists():
+        return beside
     if found := re.fullmatch(r"varm_(parameter|matrix|layer|model)", name):
-        return "varm", {"granularity": found[1]}, targets
-    if found := re.fullmatch(r"sce_(paper|fusechat_release)_tau([\d.]+)", name):
-        return "sce", {"variant": found[1], "select_topk": float(found[2])}, targets
-    recipe = yaml.safe_load((expected.parent / f"{name}.yml").read_text()) if name.startswith("mergekit_") else {}
-    method = recipe.get("merge_method")
-    if method not in METHODS:
-        return None
-    targets = [model["model"] for model in recipe["models"]]
-    if method == "sce":
-        return "sce", {"variant": "mergekit", "select_topk": recipe["parameters"]["select_topk"]}, targets
-    return method, {"weight": [model["parameters"]["weight"] for model in recipe["models"]]}, targets
+        content: dict[str, object] = {"merge_method": "varm", "parameters": {"granularity": found[1]}}
+    else:
+        found = re.fullmatch(r"sce_(paper|fusechat_release)_tau([0-9.]+)", name)
+        assert found, f"{expected} is of no known method: a golden case that nothing would compare"
+        content = {"merge_method": "sce", "parameters": {"variant": found[1], "select_topk": float(found[2])}}
+    models = [{"model": str(expected.parent / target)} for target in targets_of(expected.parent)]
+    content |= {"models": models, "base_model": str(expected.parent / "base"), "dtype": "float32"}
+    folder.mkdir(exist_ok=True)
+    (folder / "merge.yml").write_text(yaml.safe_dump(content))
+    return folder / "merge.yml"
 
 
 def cases() -> Iterator[Path]:
     for folder in golden_folders():
-        yield from (path for path in sorted(folder.glob("expected_*.safetensors")) if settings_of(path) is not None)
+        yield from sorted(folder.glob("expected_*.safetensors"))
 
 
-def merge_folders(
-    folder: Path, out: Path, method: str, parameters: dict[str, object], targets: list[str]
-) -> dict[str, torch.Tensor]:
-    models = tuple((name, ModelConfig(name=name, path=str(folder / name))) for name in ("base", *targets))
+def merge_golden(expected: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
     # Shards and blocks smaller than the tensors, so that the borders are crossed.
-    job = MergeJob(models, method, parameters, dtype="float32", max_bytes_in_flight=1 << 18, max_shard_bytes=40_000)
-    merge_locally(Artifact(str(out), "merge", "golden"), job, report=lambda progress: None)
-    return {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    merge_file(
+        recipe_of(expected, tmp_path / "recipe"),
+        tmp_path / "out",
+        max_bytes_in_flight=1 << 19,
+        max_shard_bytes=40_000,
+        threads=2,
+        overwrite=True,
+        report=lambda progress: None,
+    )
+    files = (tmp_path / "out").glob("*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 @pytest.mark.golden
 @pytest.mark.skipif(not golden_folders(), reason=f"no merge folder under {GOLDEN}")
 @pytest.mark.parametrize("expected", list(cases()), ids=lambda path: str(path.relative_to(GOLDEN)))
-def test_equals_the_expected_tensors(expected, tmp_path):
-    settings = settings_of(expected)
-    assert settings is not None
-    method, parameters, targets = settings
-    got = merge_folders(expected.parent, tmp_path / "out", method, parameters, targets)
-    want = load_file(expected)
+def test_equals_the_expected_tensors(expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSION_RAY_CACHE", str(tmp_path / "cache"))
+    got, want = merge_golden(expected, tmp_path), load_file(expected)
     assert got.keys() == want.keys()
     worst = max((float((got[name] - want[name]).abs().max()), name) for name in want)
     assert worst[0] <= TOLERANCE, worst
@@ -78,13 +81,13 @@ def test_equals_the_expected_tensors(expected, tmp_path):
 @pytest.mark.golden
 @pytest.mark.skipif(not golden_folders(), reason=f"no merge folder under {GOLDEN}")
 @pytest.mark.parametrize("granularity", ["matrix", "layer", "model"])
-def test_report_has_the_expected_weights(granularity, tmp_path):
-    for number, folder in enumerate(golden_folders()):
+def test_report_has_the_expected_weights(granularity, tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSION_RAY_CACHE", str(tmp_path / "cache"))
+    for folder in golden_folders():
         if not (folder / "varm_weights.json").exists():
             continue
-        targets = sorted((path.name for path in folder.glob("target*")), key=natural_order)
-        merge_folders(folder, tmp_path / str(number), "varm", {"granularity": granularity}, targets)
-        report = json.loads((tmp_path / str(number) / "merge_report.json").read_text())
+        merge_golden(folder / f"expected_varm_{granularity}.safetensors", tmp_path)
+        report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
         expected = json.loads((folder / "varm_weights.json").read_text())[granularity]
         for name, tensor in report["tensors"].items():
             wanted = expected[name] if isinstance(expected, dict) else expected

@@ -1,0 +1,97 @@
+"""The files of one model folder, on this machine or in an object store, read by ranges of bytes. Called by the reader; safe to use from several threads."""
+
+import os
+import threading
+import weakref
+from typing import Protocol
+
+import fsspec
+
+from fusion_ray.config import is_url
+
+
+class Files(Protocol):
+    """`root` is how the folder is called in messages. Everything raises OSError for what is not there."""
+
+    root: str
+
+    def names(self) -> list[str]:
+        """The files right in the folder and below it, relative, sorted."""
+
+    def size(self, name: str) -> int: ...
+
+    def read(self, name: str) -> bytes: ...
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
+        """Fill `buffer` from byte `offset` on; how many bytes there were, fewer at the end of the file."""
+
+
+def files_of(folder: str) -> Files:
+    return RemoteFiles(folder) if is_url(folder) else LocalFiles(folder)
+
+
+class LocalFiles:
+    """Each file is opened once; positioned reads need no lock."""
+
+    def __init__(self, folder: str) -> None:
+        self.root = str(folder)
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+        weakref.finalize(self, _close, self._descriptors)
+
+    def names(self) -> list[str]:
+        found = []
+        for folder, _, files in os.walk(self.root):
+            found += [os.path.relpath(os.path.join(folder, file), self.root) for file in files]
+        return sorted(found)
+
+    def size(self, name: str) -> int:
+        return os.stat(os.path.join(self.root, name)).st_size
+
+    def read(self, name: str) -> bytes:
+        with open(os.path.join(self.root, name), "rb") as file:
+            return file.read()
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
+        descriptor = self._descriptor(name)
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+            if not count:
+                break
+            done += count
+        return done
+
+    def _descriptor(self, name: str) -> int:
+        with self._lock:
+            if name not in self._descriptors:
+                self._descriptors[name] = os.open(os.path.join(self.root, name), os.O_RDONLY)
+            return self._descriptors[name]
+
+
+class RemoteFiles:
+    """Any fsspec URL; each range is one request."""
+
+    def __init__(self, url: str) -> None:
+        self.root = url.rstrip("/")
+        self._fs, path = fsspec.core.url_to_fs(self.root)
+        self._path = path.rstrip("/")
+
+    def names(self) -> list[str]:
+        return sorted(str(name)[len(self._path) + 1 :] for name in self._fs.find(self._path))
+
+    def size(self, name: str) -> int:
+        return int(self._fs.size(f"{self._path}/{name}"))
+
+    def read(self, name: str) -> bytes:
+        return bytes(self._fs.cat_file(f"{self._path}/{name}"))
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
+        data = self._fs.cat_file(f"{self._path}/{name}", start=offset, end=offset + len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _close(descriptors: dict[str, int]) -> None:
+    for descriptor in descriptors.values():
+        os.close(descriptor)

@@ -1,0 +1,71 @@
+"""Random numbers that belong to an element, whatever reads it: a function of the seed, the tensor's name, the target's number and the element's position.
+
+SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) as a counter: element i of a stream has the i-th output of the generator that starts at the stream's key.
+Called by `dare.py` and `della.py`.
+"""
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from fusion_ray.merging.blocks import Block, Doubles, Floats
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_FIRST = np.uint64(0xBF58476D1CE4E5B9)
+_SECOND = np.uint64(0x94D049BB133111EB)
+BITS = 53  # of a random number; as a fraction it is exact in float64
+
+
+def stream_keys(seed: int, name: str, targets: int) -> npt.NDArray[np.uint64]:
+    """(M,) the key of each target's stream for the tensor `name`."""
+    keys = [hashlib.sha256(f"{seed}\0{name}\0{target}".encode()).digest()[:8] for target in range(targets)]
+    return np.array([int.from_bytes(key, "little") for key in keys], np.uint64)
+
+
+def uniform(key: int, start: int, count: int) -> Doubles:
+    """(count,) numbers in [0, 1) of the elements from `start` on: what the compiled loops compare with, for tests and for looking."""
+    out = np.empty(count, np.float64)
+    _uniform(np.uint64(key), start, out)
+    return out
+
+
+def keep_by_chance(
+    block: Block, keys: npt.NDArray[np.uint64], density: Doubles, factors: Doubles, deltas: Floats
+) -> None:
+    """(M, n) deltas = factors_j times the task vector where the element's number is below density_j, else 0."""
+    limits = np.array([int(each * (1 << BITS)) for each in density.tolist()], np.uint64)
+    _keep(block.base, block.targets, keys, np.uint64(block.start), limits, factors, deltas)
+
+
+@njit(inline="always")
+def random_bits(key, position):  # type: ignore[no-untyped-def]  # compiled: uint64 to uint64
+    value = key + (position + np.uint64(1)) * _GAMMA
+    value = (value ^ (value >> np.uint64(30))) * _FIRST
+    value = (value ^ (value >> np.uint64(27))) * _SECOND
+    return (value ^ (value >> np.uint64(31))) >> np.uint64(64 - BITS)
+
+
+@njit(cache=True, nogil=True)
+def _uniform(key: np.uint64, start: int, out: Doubles) -> None:
+    for i in range(out.size):
+        out[i] = np.float64(random_bits(key, np.uint64(start + i))) / np.float64(1 << BITS)
+
+
+@njit(cache=True, nogil=True)
+def _keep(
+    base: Floats,
+    targets: Floats,
+    keys: npt.NDArray[np.uint64],
+    start: np.uint64,
+    limits: npt.NDArray[np.uint64],
+    factors: Doubles,
+    deltas: Floats,
+) -> None:
+    for j in range(targets.shape[0]):
+        target, delta = targets[j], deltas[j]
+        key, limit, factor = keys[j], limits[j], np.float32(factors[j])
+        for i in range(base.size):
+            kept = random_bits(key, start + np.uint64(i)) < limit
+            delta[i] = (target[i] - base[i]) * factor if kept else np.float32(0.0)

@@ -1,0 +1,137 @@
+"""The blocks of one output tensor, read from the models' files: in windows of many blocks, the next one being read while the last is computed.
+
+A tensor that fits one window is read once, however often a merge method goes over it. Called by `merger.py`.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future
+
+import numpy as np
+import numpy.typing as npt
+
+from fusion_ray.checkpoints.dtypes import ITEM_BYTES, NUMPY_DTYPES
+from fusion_ray.checkpoints.errors import MergeError
+from fusion_ray.checkpoints.floats import widen
+from fusion_ray.checkpoints.reader import Checkpoint
+from fusion_ray.merging.blocks import CHUNK, Block, Scratch
+from fusion_ray.merging.recipe import TensorRecipe
+
+BLOCK = 1 << 16  # elements: a block of every model and what is computed of it stay in the cache of a core
+_WINDOWS = 2
+_WIDEST = 8  # bytes of an element
+_LARGEST_WINDOW = 32 << 20  # bytes: larger ones read no faster, and the first must come before anything is computed
+_PER_ELEMENT = 32  # bytes beside the windows, of one model and element of a block: float32, what methods make of it
+
+
+def smallest_bound(models: int, threads: int) -> int:
+    """The least `max_bytes_in_flight`: half of it is for windows, half for blocks."""
+    return threads * CHUNK * models * 2 * max(_WINDOWS * _WIDEST, _PER_ELEMENT)
+
+
+class Room:
+    """Memory of one thread, used again for one tensor after the other: fresh memory costs more than the loops that fill it."""
+
+    def __init__(self, bound: int, readers: Executor) -> None:
+        self.readers = readers
+        self._bound = bound
+        self._windows: list[npt.NDArray[np.uint8]] = [np.empty(0, np.uint8)] * _WINDOWS
+        self.floats = Scratch(np.float32)
+        self.output = Scratch(np.float32)
+
+    def block_size(self, models: int, unit: int) -> int:
+        """Elements of a block: a multiple of `unit`, within half the bound. Raises MergeError where a unit alone is too large."""
+        most = self._bound // 2 // (models * _PER_ELEMENT)
+        size = min(max(BLOCK, unit), most) // unit * unit
+        if not size:
+            raise MergeError(
+                f"rows of {unit} elements of {models} models do not fit max_bytes_in_flight ({self._bound} bytes a thread): raise it"
+            )
+        return size
+
+    def window_size(self, item_bytes: int, block: int) -> int:
+        """Elements of a window, a multiple of a block; `item_bytes` of one element of all models."""
+        most = min(self._bound // 2, _WINDOWS * _LARGEST_WINDOW) // _WINDOWS // item_bytes
+        return max(block, most // block * block)
+
+    def window(self, number: int, size: int) -> npt.NDArray[np.uint8]:
+        if self._windows[number].size < size:
+            self._windows[number] = np.empty(size, np.uint8)
+        return self._windows[number][:size]
+
+
+class TensorBlocks:
+    """merging.blocks.Blocks of a recipe; `places` chooses some of its targets. One thread goes over it at a time."""
+
+    def __init__(
+        self,
+        models: Sequence[Checkpoint],
+        recipe: TensorRecipe,
+        room: Room,
+        *,
+        places: Sequence[int] | None = None,
+        whole_rows: bool = False,
+    ) -> None:
+        chosen = range(len(recipe.models)) if places is None else places
+        targets = [(models[recipe.models[place]], recipe.names[place]) for place in chosen]
+        number, name = recipe.reference
+        reference = (models[number], name)
+        self._shared = reference in targets  # without a base, a target is what the others are compared with
+        self._at = targets.index(reference) if self._shared else 0
+        self._inputs = targets if self._shared else [reference, *targets]
+        info = reference[0].tensors[name]
+        self._dtypes = [model.tensors[each].dtype for model, each in self._inputs]
+        self._room = room
+        self._resident = False
+        self.name = recipe.name
+        self.size = info.size
+        self.row = info.shape[-1] if info.shape else 1
+        self.targets = len(targets)
+        self._block = room.block_size(len(self._inputs), self.row if whole_rows else CHUNK)
+        self._window = room.window_size(sum(ITEM_BYTES[dtype] for dtype in self._dtypes), self._block)
+
+    def __iter__(self) -> Iterator[Block]:
+        for start, stored in self._windows():
+            size = stored[0].size
+            for at in range(0, size, self._block):
+                count = min(self._block, size - at)
+                floats = self._room.floats.take(len(self._inputs), count)
+                for row, (values, dtype) in enumerate(zip(stored, self._dtypes, strict=True)):
+                    widen(values[at : at + count], dtype, floats[row])
+                if self._shared:
+                    yield Block(start + at, floats[self._at], floats)
+                else:
+                    yield Block(start + at, floats[0], floats[1:])
+
+    def _windows(self) -> Iterator[tuple[int, list[npt.NDArray[np.generic]]]]:
+        """(first element, the stored elements of every input), window after window."""
+        if self._window >= self.size:
+            if not self._resident:
+                self._read(0, 0)
+                self._resident = True
+            yield 0, self._arrays(0, self.size)
+            return
+        starts = range(0, self.size, self._window)
+        coming: Future[None] = self._room.readers.submit(self._read, 0, 0)
+        for number, start in enumerate(starts):
+            coming.result()
+            turn = number % _WINDOWS
+            if number + 1 < len(starts):
+                coming = self._room.readers.submit(self._read, (number + 1) % _WINDOWS, starts[number + 1])
+            yield start, self._arrays(turn, min(self._window, self.size - start))
+
+    def _arrays(self, turn: int, count: int) -> list[npt.NDArray[np.generic]]:
+        """One after the other in the window's memory, the widest types first in their own alignment."""
+        room = self._room.window(turn, count * sum(ITEM_BYTES[dtype] for dtype in self._dtypes))
+        arrays: dict[int, npt.NDArray[np.generic]] = {}
+        at = 0
+        for row in sorted(range(len(self._dtypes)), key=lambda row: -ITEM_BYTES[self._dtypes[row]]):
+            size = count * ITEM_BYTES[self._dtypes[row]]
+            arrays[row] = room[at : at + size].view(NUMPY_DTYPES[self._dtypes[row]])
+            at += size
+        return [arrays[row] for row in range(len(self._dtypes))]
+
+    def _read(self, turn: int, start: int) -> None:
+        for (model, name), values in zip(
+            self._inputs, self._arrays(turn, min(self._window, self.size - start)), strict=True
+        ):
+            model.read_into(name, start, values)
