@@ -13,7 +13,15 @@ import fsspec
 
 from fusion_ray.config import ConfigError, DistillConfig, FusionConfig, MergeMethod, ModelConfig, is_url
 from fusion_ray.models import content_hash, fingerprint_model
-from fusion_ray.records import ALIGN_FORMAT, CORPUS_FORMAT, EVALUATE_FORMAT, MODEL_FORMAT, TEACH_FORMAT
+from fusion_ray.records import (
+    ALIGN_FORMAT,
+    CHANGES_FORMAT,
+    CORPUS_FORMAT,
+    EVALUATE_FORMAT,
+    MERGE_FORMAT,
+    MODEL_FORMAT,
+    TEACH_FORMAT,
+)
 from fusion_ray.store import Artifact, Store
 
 Role = Literal["pivot", "source", "sft", "target", "fused"]
@@ -60,7 +68,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes by stage; `evaluate` is keyed by the name of its candidate."""
+    """Nodes by stage; `evaluate` is keyed by the name of its candidate. `changes` are each target's statistics against the pivot, which all merges share."""
 
     corpus: Node
     teach: Mapping[str, Node]
@@ -69,6 +77,7 @@ class Graph:
     merge: Mapping[str, Node]
     evaluate: Mapping[str, Node]
     candidates: tuple[Candidate, ...]
+    changes: Mapping[str, Artifact]
 
     def __iter__(self) -> Iterator[Node]:
         """Every node, needs before what needs them."""
@@ -106,10 +115,11 @@ def build_graph(config: FusionConfig) -> Graph:
         distill[SFT] = _distill(store, control, config.run.seed, teach[config.pivot.name], SFT, prints)
     targets = {name: node for name, node in distill.items() if name != SFT}
     merge = {method.label: _merge(store, config, method, targets, prints) for method in config.merge.methods}
+    changes = {name: _changes(store, prints[config.pivot.name], node) for name, node in targets.items()}
     candidates = tuple(_candidates(config, distill, merge))
     wanted = config.evaluate.questions or config.evaluate.heldout or config.evaluate.judge
     evaluate = {c.name: _evaluate(store, config, c, prints) for c in candidates} if wanted else {}
-    return Graph(corpus, teach, align, distill, merge, evaluate, candidates)
+    return Graph(corpus, teach, align, distill, merge, evaluate, candidates, changes)
 
 
 def fingerprint_file(path: str, key: str) -> str:
@@ -173,7 +183,11 @@ def _merge(
         "max_shard_bytes": config.merge.max_shard_bytes,
     }
     inputs = {"pivot": prints[config.pivot.name]} | {f"target:{name}": node.key for name, node in targets.items()}
-    return Node("merge", method.label, store.artifact("merge", MODEL_FORMAT, settings, inputs), tuple(targets.values()))
+    return Node("merge", method.label, store.artifact("merge", MERGE_FORMAT, settings, inputs), tuple(targets.values()))
+
+
+def _changes(store: Store, pivot: str, target: Node) -> Artifact:
+    return store.artifact("changes", CHANGES_FORMAT, {}, {"base": pivot, "target": target.key})
 
 
 def _candidates(config: FusionConfig, distill: Mapping[str, Node], merge: Mapping[str, Node]) -> Iterator[Candidate]:

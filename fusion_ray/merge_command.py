@@ -17,7 +17,7 @@ from fusion_ray.config import ConfigError, ModelConfig, is_url
 from fusion_ray.merge_recipe import Recipe
 from fusion_ray.merge_yaml import load_recipe, resolved_yaml
 from fusion_ray.models import local_folder
-from fusion_ray.records import Report
+from fusion_ray.records import CHANGES_FORMAT, MERGE_FORMAT, Report
 from fusion_ray.store import MANIFEST, UNITS, Artifact, Manifest, Store, content_key
 from fusion_ray.workers.merge_job import REUSED, Spread, run_merge
 from fusion_ray.workers.merge_plan import MergeJob
@@ -25,9 +25,7 @@ from fusion_ray.workers.merge_units import MeasureUnit, MergeUnit
 from fusion_ray.workers.merger import usable_threads
 
 MARK = "merge.json"
-FORMAT = 1
 RECIPE_FILE = "mergekit_config.yml"
-CHANGES_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -57,12 +55,20 @@ def merge_file(
     folders = [_local(model) for model in recipe.models]
     prints = {model.name: _print(folder) for model, folder in zip(recipe.models, folders, strict=True)}
     settings: dict[str, object] = {"merge": resolved_yaml(recipe), "max_shard_bytes": max_shard_bytes}
-    folder = Artifact(str(out.absolute()), "merge", content_key("merge", FORMAT, settings, prints), settings, prints)
+    folder = Artifact(
+        str(out.absolute()), "merge", content_key("merge", MERGE_FORMAT, settings, prints), settings, prints
+    )
     if _claim(folder, overwrite=overwrite):
         return Merged(folder.manifest(), True, ())
-    job = _job(recipe, folders, prints, max_bytes_in_flight, max_shard_bytes, threads or usable_threads())
+    job = _job(recipe, folders, max_bytes_in_flight, max_shard_bytes, threads or usable_threads())
+    cache = Store(os.environ.get("FUSION_RAY_CACHE", str(Path.home() / ".cache" / "fusion_ray")))
+
+    def statistics(reference: str, target: str) -> Artifact:
+        inputs = {"base": prints[reference], "target": prints[target]}
+        return cache.artifact("changes", CHANGES_FORMAT, {}, inputs)
+
     try:
-        manifest = run_merge(folder, job, spread=_spread(report), report=lambda figures: None)
+        manifest = run_merge(folder, job, spread=_spread(report), report=lambda figures: None, statistics=statistics)
     except MergeError:
         _let_go(folder)
         raise
@@ -76,7 +82,6 @@ def merge_file(
 def _job(
     recipe: Recipe,
     folders: list[str],
-    prints: dict[str, str],
     max_bytes_in_flight: int,
     max_shard_bytes: int,
     threads: int,
@@ -85,12 +90,6 @@ def _job(
         (model.name, model.model_copy(update={"path": folder, "revision": None}))
         for model, folder in zip(recipe.models, folders, strict=True)
     )
-    tokenizer = recipe.pivot
-    if recipe.tokenizer is not None:
-        tokenizer = _number(recipe, recipe.tokenizer)
-    cache = Store(os.environ.get("FUSION_RAY_CACHE", str(Path.home() / ".cache" / "fusion_ray")))
-    base = recipe.models[recipe.pivot].name
-    targets = [model.name for number, model in enumerate(recipe.models) if number != recipe.base]
     return MergeJob(
         models=places,
         method=recipe.method,
@@ -100,24 +99,11 @@ def _job(
         max_shard_bytes=max_shard_bytes,
         threads=threads,
         recipe=recipe,
-        statistics=tuple(
-            cache.artifact("changes", CHANGES_FORMAT, {}, {"base": prints[base], "target": prints[name]})
-            for name in targets
-        ),
         files_of=recipe.pivot,
-        tokenizer_of=tokenizer,
+        tokenizer=None if recipe.tokenizer is None else _local(recipe.tokenizer),
         chat_template=recipe.chat_template,
         layers=recipe.layers,
         extra_files=((RECIPE_FILE, resolved_yaml(recipe)),),
-    )
-
-
-def _number(recipe: Recipe, wanted: ModelConfig) -> int:
-    for number, model in enumerate(recipe.models):
-        if (model.path, model.revision) == (wanted.path, wanted.revision):
-            return number
-    raise ConfigError(
-        f"`tokenizer_source`: {wanted.path} is not among the merged models; give the path of one of them, as it stands there"
     )
 
 
@@ -133,7 +119,7 @@ def _print(folder: str) -> str:
         return fingerprint_model(folder)
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     entries = {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
-    return content_key("folder", FORMAT, {"path": os.path.realpath(folder), "files": entries}, {})
+    return content_key("folder", 1, {"path": os.path.realpath(folder), "files": entries}, {})
 
 
 def _claim(folder: Artifact, *, overwrite: bool) -> bool:

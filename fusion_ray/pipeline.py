@@ -129,6 +129,7 @@ def all_steps(config: FusionConfig, graph: Graph) -> Iterator[Step]:
                 method=method,
                 config=config.merge,
                 resources=resources.merge,
+                statistics=graph.changes,
             ),
         )
 

@@ -20,6 +20,8 @@ TEACH_FORMAT = 1
 ALIGN_FORMAT = 2
 MODEL_FORMAT = 1
 EVALUATE_FORMAT = 1
+MERGE_FORMAT = 2
+CHANGES_FORMAT = 1  # a target's statistics against its pivot
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ import json
 import os
 import secrets
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,6 +19,7 @@ import numpy.typing as npt
 
 from fusion_ray.checkpoints.dtypes import NUMPY_DTYPES
 from fusion_ray.checkpoints.plan import WorkUnit
+from fusion_ray.store import StoreError
 
 _HASHED_AT_A_TIME = 1 << 20
 
@@ -42,10 +45,12 @@ class ShardWriter:
         self._room = memoryview(bytearray(_HASHED_AT_A_TIME))
 
     def __enter__(self) -> Self:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        with self._errors():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            os.ftruncate(self._file, self._size)
+            with self._errors():
+                os.ftruncate(self._file, self._size)
             self._write_at(0, memoryview(self._header))
         except BaseException:
             self._discard()
@@ -81,8 +86,9 @@ class ShardWriter:
             if kind is None:
                 assert not any(self._remaining.values()), f"{self._path.name}: not every tensor was written"
                 self._hash_to(self._size)
-                os.fsync(self._file)
-                os.replace(self._temporary, self._path)
+                with self._errors():
+                    os.fsync(self._file)
+                    os.replace(self._temporary, self._path)
         finally:
             self._discard()
 
@@ -93,9 +99,20 @@ class ShardWriter:
             self._hashed += count
 
     def _write_at(self, offset: int, data: memoryview) -> None:
-        while data:
-            count = os.pwrite(self._file, data, offset)
-            data, offset = data[count:], offset + count
+        with self._errors():
+            while data:
+                count = os.pwrite(self._file, data, offset)
+                data, offset = data[count:], offset + count
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(
+                f"cannot write {self._path.name} in {self._path.parent}: {error.strerror or error}. Files that are whole are kept: free space or fix "
+                "permissions and run again"
+            ) from error
 
     def _discard(self) -> None:
         os.close(self._file)

@@ -32,11 +32,11 @@ def merge(
     config: MergeConfig,
     resources: WorkerResources,
     report: Report,
-    statistics: Sequence[Artifact] = (),
+    statistics: Mapping[str, Artifact] | None = None,
 ) -> Manifest:
     """Merge the targets (name to sealed distill artefact, in the order of the weights) into `out`, a Hugging Face model folder, and seal it.
 
-    `statistics` are artefacts of the targets' statistics against this pivot, in the targets' order: read where they are sealed, else measured and sealed.
+    `statistics` are artefacts of the targets' statistics against this pivot, by target: read where they are sealed, else measured and sealed.
     Raises MergeError for models that do not merge, before anything is written, and ValueError for parameters that the method does not take.
     """
     job = MergeJob(
@@ -47,11 +47,17 @@ def merge(
         max_bytes_in_flight=config.max_bytes_in_flight,
         max_shard_bytes=config.max_shard_bytes,
         threads=max(1, round(resources.cpus)),
-        statistics=tuple(statistics),
     )
     started = time.monotonic()
     logger.info("merge %s: %d targets with %s", method.label, len(targets), method.method)
-    manifest = run_merge(out, job, spread=lambda work, units: _spread(work, units, resources), report=report)
+    known = statistics or {}
+    manifest = run_merge(
+        out,
+        job,
+        spread=lambda work, units: _spread(work, units, resources),
+        report=report,
+        statistics=lambda reference, target: known.get(target),
+    )
     logger.info(
         "merge %s: %d shards, %.1f MB in %.1f s",
         method.label,

@@ -39,6 +39,8 @@ REUSED = "reused.json"  # which statistics the last run found; no unit: equal me
 
 # What does the units: calls the function on each item, anywhere and in any order, and yields as they finish.
 Spread = Callable[[Callable[[WorkUnit], None], Sequence[WorkUnit]], Iterator[None]]
+# Where the statistics of a target (the second model's name) against the model that it is compared with (the first's) are kept, if anywhere.
+Statistics = Callable[[str, str], Artifact | None]
 
 
 def merge_locally(out: Artifact, job: MergeJob, *, report: Report) -> Manifest:
@@ -46,9 +48,17 @@ def merge_locally(out: Artifact, job: MergeJob, *, report: Report) -> Manifest:
     return run_merge(out, job, spread=lambda function, units: map(function, units), report=report)
 
 
-def run_merge(out: Artifact, job: MergeJob, *, spread: Spread, report: Report) -> Manifest:
+def run_merge(
+    out: Artifact,
+    job: MergeJob,
+    *,
+    spread: Spread,
+    report: Report,
+    statistics: Statistics = lambda reference, target: None,
+) -> Manifest:
     """Merge into the artefact and seal it: a plain Hugging Face model folder and `merge_report.json`.
 
+    Targets whose `statistics` are there are not measured again; the others' are left there.
     Raises MergeError, before anything is written, for models that do not merge; ValueError for parameters the method does not take.
     """
     if out.sealed:
@@ -60,7 +70,7 @@ def run_merge(out: Artifact, job: MergeJob, *, spread: Spread, report: Report) -
     _check_room(out, plan.units)
 
     done = _Progress(report, 2 * len(plan.units))
-    changes = _measured(out, job, plan, spread, done)
+    changes = _measured(out, job, plan, spread, done, statistics)
     weights = _weights(plan, changes)
     unmerged = [unit for unit in plan.units if out.unit(unit.file) is None]
     done.skip(len(plan.units) - len(unmerged))
@@ -68,16 +78,22 @@ def run_merge(out: Artifact, job: MergeJob, *, spread: Spread, report: Report) -
     return _finish(out, job, models, plan, changes)
 
 
-def _measured(out: Artifact, job: MergeJob, plan: MergePlan, spread: Spread, done: "_Progress") -> dict[str, Changes]:
+def _measured(
+    out: Artifact, job: MergeJob, plan: MergePlan, spread: Spread, done: "_Progress", statistics: Statistics
+) -> dict[str, Changes]:
     """The first pass over all shards, for the targets whose statistics are not there yet."""
-    places = list(job.statistics) if plan.alike else []
-    known = {
-        target: from_json(places[target].read_json(CHANGES))
-        for target in plan.targets
-        if target < len(places) and places[target].sealed
-    }
+    places: dict[int, Artifact] = {}
+    names: dict[int, str] = {}
+    if plan.alike:
+        first = next(iter(plan.recipes.values()))
+        reference = job.models[first.reference[0]][0]
+        for target, number in enumerate(first.models):
+            names[target] = job.models[number][0]
+            place = statistics(reference, names[target])
+            if place is not None:
+                places[target] = place
+    known = {target: from_json(place.read_json(CHANGES)) for target, place in places.items() if place.sealed}
     missing = tuple(target for target in plan.targets if target not in known)
-    names = [name for name, _ in job.models[1:]]
     if known:
         logger.info("merge: statistics of %s reused", ", ".join(names[target] for target in known))
     if places:
@@ -95,7 +111,7 @@ def _measured(out: Artifact, job: MergeJob, plan: MergePlan, spread: Spread, don
         found |= from_json(out.read_json(statistics_name(unit, missing)))
     for at, target in enumerate(missing):
         known[target] = {name: change.of(at) for name, change in found.items() if at < change.targets}
-        if target < len(places):
+        if target in places:
             place = places[target]
             place.seal([place.commit_bytes(CHANGES, json.dumps(to_json(known[target])).encode())])
     return {name: _joined([known[t][name] for t in plan.targets if name in known[t]]) for name in known[0]}
@@ -142,9 +158,11 @@ def _finish(out: Artifact, job: MergeJob, models: Models, plan: MergePlan, chang
     merged = {name: tensor for unit in committed for name, tensor in merged_tensors(unit).items()}
     content = merge_report(models.checkpoints, job, plan, changes=changes, merged=merged)
     committed.extend(index_unit(out, plan.units))
-    committed.extend(model_files(out, job, models.checkpoints))
+    parameters = content["parameters"]
+    assert isinstance(parameters, dict)
+    committed.extend(model_files(out, job, models.checkpoints, parameters))
     committed.append(out.commit_bytes(REPORT, (json.dumps(content, indent=1) + "\n").encode()))
-    info: dict[str, object] = {"method": job.method, "parameters": content["parameters"], "shards": len(plan.units)}
+    info: dict[str, object] = {"method": job.method, "parameters": parameters, "shards": len(plan.units)}
     manifest = out.seal(committed, info | {"fused": fused_figures(changes, merged)})
     out.remove(STATISTICS)
     return manifest

@@ -20,8 +20,7 @@ from fusion_ray.workers.merger import Models, Recipes
 class MergeJob:
     """What is merged and how; picklable. `models` are named places with the pivot first: an artefact, or a model reference.
 
-    Every tensor is merged alike, all models after the first into it, unless a `recipe` (a merge file's) says otherwise. `statistics` are places of the targets'
-    statistics, in the targets' order: what is there is not measured again, what is not is left there.
+    Every tensor is merged alike, all models after the first into it, unless a `recipe` (a merge file's) says otherwise.
     """
 
     models: tuple[tuple[str, Artifact | ModelConfig], ...]
@@ -32,9 +31,10 @@ class MergeJob:
     max_shard_bytes: int
     threads: int = 1
     recipe: Recipe | None = None
-    statistics: tuple[Artifact, ...] = ()
     files_of: int = 0  # the model whose config is copied: the base, else the first
-    tokenizer_of: int = 0  # the model whose tokenizer files and chat template are copied
+    tokenizer: str | None = (
+        None  # the folder whose tokenizer files and chat template are copied; that of `files_of` by default
+    )
     chat_template: str | None = None  # another one
     layers: int | None = None  # of the output, where slices change their number
     extra_files: tuple[tuple[str, str], ...] = ()  # names and texts of files that go beside the tensors
