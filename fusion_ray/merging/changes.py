@@ -13,8 +13,6 @@ from numba import njit
 from fusion_ray.merging.blocks import CHUNK, Blocks, Doubles, Floats, exact_sum
 from fusion_ray.merging.kernels import chunks_of, dot
 
-_EXPONENT = np.uint32(0x7F800000)
-
 
 @dataclass(frozen=True)
 class Changes:
@@ -57,10 +55,14 @@ def measure_changes(blocks: Blocks) -> Changes:
     squares: list[Doubles] = []
     absolutes: list[Doubles] = []
     moved = np.zeros(targets, np.int64)
-    odd = np.zeros(targets + 1, np.int64)
+    finite = np.ones(targets + 1, np.bool_)
     for block in blocks:
         square, absolute = np.empty((2, targets, chunks_of(block.size)))
-        _measure(block.base, block.targets, square, absolute, moved, odd)
+        _measure(block.base, block.targets, square, absolute, moved)
+        if not np.isfinite(
+            square
+        ).all():  # a float32 difference squared in float64 is finite unless a model's number is not
+            finite &= [bool(np.isfinite(tensor).all()) for tensor in (block.base, *block.targets)]
         squares.append(square)
         absolutes.append(absolute)
     return Changes(
@@ -68,30 +70,21 @@ def measure_changes(blocks: Blocks) -> Changes:
         squares=tuple(exact_sum([each[j] for each in squares]) for j in range(targets)),
         absolutes=tuple(exact_sum([each[j] for each in absolutes]) for j in range(targets)),
         moved=tuple(moved.tolist()),
-        finite=tuple((odd == 0).tolist()),
+        finite=tuple(finite.tolist()),
     )
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _measure(
-    base: Floats,
-    targets: Floats,
-    squares: Doubles,
-    absolutes: Doubles,
-    moved: npt.NDArray[np.int64],
-    odd: npt.NDArray[np.int64],
-) -> None:
-    """Chunk sums of each target's squared and absolute changes; adds up the elements that moved, and the non-finite ones of every model."""
+def _measure(base: Floats, targets: Floats, squares: Doubles, absolutes: Doubles, moved: npt.NDArray[np.int64]) -> None:
+    """Chunk sums of each target's squared and absolute changes; adds up the elements that moved."""
     room, sizes = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     ones = np.ones(CHUNK, np.float32)
     for chunk in range(squares.shape[1]):
         start = chunk * CHUNK
         of_base = base[start : start + CHUNK]
         delta, size, one = room[: of_base.size], sizes[: of_base.size], ones[: of_base.size]
-        odd[0] += _not_finite(of_base)
         for j in range(targets.shape[0]):
             target = targets[j, start : start + CHUNK]
-            odd[j + 1] += _not_finite(target)
             differ = np.uint32(0)
             for i in range(target.size):
                 differ += np.uint32(target[i] != of_base[i])
@@ -101,12 +94,3 @@ def _measure(
                 size[i] = abs(delta[i])
             squares[j, chunk] = dot(delta, delta)
             absolutes[j, chunk] = dot(size, one)
-
-
-@njit(cache=True, nogil=True)
-def _not_finite(values: Floats) -> np.int64:
-    bits = values.view(np.uint32)
-    count = np.uint32(0)
-    for i in range(bits.size):
-        count += np.uint32((bits[i] & _EXPONENT) == _EXPONENT)
-    return np.int64(count)

@@ -26,15 +26,14 @@ from fusion_ray.merging.blocks import (
     Blocks,
     Doubles,
     Floats,
-    Scratch,
     TensorMerge,
     Weights,
     exact_sum,
     shares,
 )
 from fusion_ray.merging.kernels import chunks_of, dot
-from fusion_ray.merging.selection import EVERYTHING, Ranks, Selection, as_arrays, rank_variance, select_top
-from fusion_ray.merging.task_vectors import add_elected, take_deltas
+from fusion_ray.merging.selection import EVERYTHING, Ranked, Ranks, Selection, as_arrays, rank_variance, select_top
+from fusion_ray.merging.task_vectors import add_elected
 
 _MERGEKIT_UNIFORM_BELOW = 1e-6
 _MERGEKIT_LEAST_DIVISOR = 1e-6
@@ -48,79 +47,77 @@ def sce(
     """SCE made ready for one tensor in three passes over it. Raises ValueError for an unknown variant. `weights` is not used."""
     if variant not in VARIANTS:
         raise ValueError(f"sce variant {variant!r}: give {', '.join(VARIANTS[:-1])} or {VARIANTS[-1]}")
-    selection = _select(blocks, select_topk)
-    eta = _calculate(blocks, selection, floor=_MERGEKIT_UNIFORM_BELOW if variant == "mergekit" else 0.0)
-    return TensorMerge(eta, _Erase(blocks.targets, variant, selection, eta))
+    ranked = Ranked(blocks, rank_variance, rows=1)
+    selection = _select(ranked, select_topk)
+    eta = _calculate(blocks, ranked, selection, floor=_MERGEKIT_UNIFORM_BELOW if variant == "mergekit" else 0.0)
+    return TensorMerge(eta, _Erase(ranked, EVERYTHING if variant == "fusechat_release" else selection, variant, eta))
 
 
-def _select(blocks: Blocks, select_topk: float) -> Selection:
+def _select(ranked: Ranked, select_topk: float) -> Selection:
     if select_topk >= 1:
         return EVERYTHING
-    (selection,) = select_top(blocks, rank_variance, rows=1, count=lambda row, nonzero: int(select_topk * nonzero))
+    (selection,) = select_top(ranked, count=lambda row, nonzero: int(select_topk * nonzero))
     return selection
 
 
-def _calculate(blocks: Blocks, selection: Selection, *, floor: float) -> Weights:
+def _calculate(blocks: Blocks, ranked: Ranked, selection: Selection, *, floor: float) -> Weights:
     """eta (equation 6); uniform where the mean squares of all targets add up to less than `floor`."""
-    masked = _Masked(blocks.targets, selection)
+    thresholds, remaining = as_arrays([selection])
     sums: list[Doubles] = []
     for block in blocks:
         of_block = np.empty((blocks.targets, chunks_of(block.size)))
-        _square_chunks(masked(block), of_block)
+        _square_selected(block.base, block.targets, _ranks(ranked, selection, block), thresholds, remaining, of_block)
         sums.append(of_block)
     squares = [exact_sum([each[j] for each in sums]) for j in range(blocks.targets)]
     return shares(squares if sum(squares) / blocks.size >= floor else [0.0] * len(squares))
 
 
-class _Masked:
-    """dhat of one block after the other, in order; the array is used again."""
-
-    def __init__(self, targets: int, selection: Selection) -> None:
-        self._everything = selection.everything
-        self._thresholds, self._remaining = as_arrays([selection])
-        self._targets = targets
-        self._deltas = Scratch(np.float32)
-        self._ranks = Scratch(np.uint32)
-
-    def __call__(self, block: Block) -> Floats:
-        deltas = self._deltas.take(self._targets, block.size)
-        take_deltas(block, deltas)
-        if not self._everything:
-            ranks = self._ranks.take(1, block.size)
-            rank_variance(block, ranks)
-            _mask(ranks[0], self._thresholds, self._remaining, deltas)
-        return deltas
-
-
 class _Erase:
     """The last step of one tensor, block after block, in order."""
 
-    def __init__(self, targets: int, variant: str, selection: Selection, eta: Weights) -> None:
-        self._masked = _Masked(targets, EVERYTHING if variant == "fusechat_release" else selection)
+    def __init__(self, ranked: Ranked, selection: Selection, variant: str, eta: Weights) -> None:
+        self._ranked, self._selection = ranked, selection
+        self._thresholds, self._remaining = as_arrays([selection])
         self._paper = variant == "paper"
         self._eta = np.asarray(eta, np.float64)
-        self._voices = np.ones(targets)
+        self._voices = np.ones(len(eta))
         self._least = _MERGEKIT_LEAST_DIVISOR if variant == "mergekit" else 0.0
 
     def __call__(self, block: Block, out: Floats) -> None:
-        deltas = self._masked(block)
+        ranks = _ranks(self._ranked, self._selection, block)
+        selected = block.base, block.targets, ranks, self._thresholds, self._remaining
         if self._paper:
-            _add_unopposed(block.base, deltas, self._eta, out)
+            _add_unopposed(*selected, self._eta, out)
         else:
-            add_elected(block.base, deltas, self._voices, self._eta, True, _SMALLEST, self._least, 1.0, out)
+            _add_agreeing(*selected, self._voices, self._eta, self._least, out)
+
+
+def _ranks(ranked: Ranked, selection: Selection, block: Block) -> Ranks:
+    """(n,), or none where they decide nothing."""
+    return np.empty(0, np.uint32) if selection.everything else ranked.of(block)[0]
 
 
 @njit(cache=True, nogil=True)
-def _mask(ranks: Ranks, thresholds: npt.NDArray[np.int64], remaining: npt.NDArray[np.int64], deltas: Floats) -> None:
-    """deltas = 0 where the rank is below the threshold, or equal to it when no ties remain."""
-    least, left = np.uint32(thresholds[0]), remaining[0]
-    room = np.empty(CHUNK, np.float32)
-    for start in range(0, ranks.size, CHUNK):
-        rank = ranks[start : start + CHUNK]
-        keep = room[: rank.size]
+def _select_chunk(
+    base: Floats,
+    targets: Floats,
+    ranks: Ranks,
+    start: int,
+    thresholds: npt.NDArray[np.int64],
+    remaining: npt.NDArray[np.int64],
+    keep: Floats,
+    deltas: Floats,
+) -> int:
+    """dhat of the chunk at `start` into `deltas` (M, CHUNK), how many elements it has; counts down the ties that remain. Threshold -1: all are kept."""
+    of_base = base[start : start + CHUNK]
+    count = of_base.size
+    whole = thresholds[0] < 0
+    if not whole:
+        rank, mask = ranks[start : start + CHUNK], keep[:count]
+        least, left = np.uint32(thresholds[0]), remaining[0]
         equal = np.uint32(0)
         for i in range(rank.size):
-            keep[i] = np.float32(1.0) if rank[i] >= least else np.float32(0.0)
+            mask[i] = np.float32(1.0) if rank[i] >= least else np.float32(0.0)
             equal += np.uint32(rank[i] == least)
         if equal > left:
             for i in range(rank.size):
@@ -128,43 +125,88 @@ def _mask(ranks: Ranks, thresholds: npt.NDArray[np.int64], remaining: npt.NDArra
                     if left > 0:
                         left -= 1
                     else:
-                        keep[i] = np.float32(0.0)
+                        mask[i] = np.float32(0.0)
+            remaining[0] = left
         else:
-            left -= equal
-        for j in range(deltas.shape[0]):
-            delta = deltas[j, start : start + CHUNK]
-            for i in range(keep.size):
-                delta[i] *= keep[i]
-    remaining[0] = left
+            remaining[0] = left - equal
+    for j in range(targets.shape[0]):
+        target, delta = targets[j, start : start + CHUNK], deltas[j]
+        for i in range(of_base.size):
+            delta[i] = target[i] - of_base[i]
+        if not whole:
+            mask = keep[:count]
+            for i in range(mask.size):
+                delta[i] *= mask[i]
+    return count
 
 
 @njit(cache=True, nogil=True)
-def _square_chunks(deltas: Floats, sums: Doubles) -> None:
-    for j in range(deltas.shape[0]):
-        for chunk in range(sums.shape[1]):
-            delta = deltas[j, chunk * CHUNK : (chunk + 1) * CHUNK]
+def _square_selected(
+    base: Floats,
+    targets: Floats,
+    ranks: Ranks,
+    thresholds: npt.NDArray[np.int64],
+    remaining: npt.NDArray[np.int64],
+    sums: Doubles,
+) -> None:
+    """Chunk sums of dhat_j^2."""
+    keep, deltas = np.empty(CHUNK, np.float32), np.empty((targets.shape[0], CHUNK), np.float32)
+    for chunk in range(sums.shape[1]):
+        count = _select_chunk(base, targets, ranks, chunk * CHUNK, thresholds, remaining, keep, deltas)
+        for j in range(targets.shape[0]):
+            delta = deltas[j, :count]
             sums[j, chunk] = dot(delta, delta)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _add_unopposed(base: Floats, deltas: Floats, eta: Doubles, out: Floats) -> None:
+def _add_unopposed(
+    base: Floats,
+    targets: Floats,
+    ranks: Ranks,
+    thresholds: npt.NDArray[np.int64],
+    remaining: npt.NDArray[np.int64],
+    eta: Doubles,
+    out: Floats,
+) -> None:
     """The paper's erase and sum. The sign is that of a float64 sum: two large deltas of opposite sign may nearly cancel."""
+    keep, deltas = np.empty(CHUNK, np.float32), np.empty((targets.shape[0], CHUNK), np.float32)
     signs, totals = np.empty(CHUNK, np.float64), np.empty(CHUNK, np.float64)
     for start in range(0, out.size, CHUNK):
+        _select_chunk(base, targets, ranks, start, thresholds, remaining, keep, deltas)
         of_base, merged = base[start : start + CHUNK], out[start : start + CHUNK]
         sign, total = signs[: merged.size], totals[: merged.size]
         sign[:] = 0.0
         total[:] = 0.0
         for j in range(deltas.shape[0]):
-            delta = deltas[j, start : start + CHUNK]
+            delta = deltas[j]
             for i in range(sign.size):
                 sign[i] += delta[i]
         for i in range(sign.size):
             sign[i] = (1.0 if sign[i] > 0.0 else 0.0) - (1.0 if sign[i] < 0.0 else 0.0)
         for j in range(deltas.shape[0]):
-            delta, weight = deltas[j, start : start + CHUNK], eta[j]
+            delta, weight = deltas[j], eta[j]
             for i in range(sign.size):
                 value = np.float64(delta[i])
                 total[i] += weight * value if value * sign[i] >= 0.0 else 0.0
         for i in range(sign.size):
             merged[i] = np.float32(np.float64(of_base[i]) + total[i])
+
+
+@njit(cache=True, nogil=True)
+def _add_agreeing(
+    base: Floats,
+    targets: Floats,
+    ranks: Ranks,
+    thresholds: npt.NDArray[np.int64],
+    remaining: npt.NDArray[np.int64],
+    voices: Doubles,
+    eta: Doubles,
+    least: float,
+    out: Floats,
+) -> None:
+    """The two programs' erase and sum: an election with one voice each, divided by the eta of those that agree."""
+    keep, deltas = np.empty(CHUNK, np.float32), np.empty((targets.shape[0], CHUNK), np.float32)
+    for start in range(0, out.size, CHUNK):
+        count = _select_chunk(base, targets, ranks, start, thresholds, remaining, keep, deltas)
+        chunk = slice(start, start + count)
+        add_elected(base[chunk], deltas[:, :count], voices, eta, True, _SMALLEST, least, 1.0, out[chunk])

@@ -5,7 +5,7 @@ bits, then one of the lower 16 bits within the bucket that holds it. Ties at the
 order, counting the ties taken so far. Legend of letters: R ranked rows (one for the variance, M for magnitudes), n elements of a block.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,23 +37,51 @@ EVERYTHING = Selection(-1, 0)
 NOTHING = Selection((1 << 32) - 1, 0)  # above the bits of every finite float
 
 
-def select_top(blocks: Blocks, rank: Ranker, *, rows: int, count: Callable[[int, int], int]) -> tuple[Selection, ...]:
-    """Of each of R ranked rows the selection of the first `count(row, positions whose rank is not zero)`, in two passes over the tensor."""
+class Ranked:
+    """The ranks of a tensor's blocks, (R, n) each: kept where the tensor is small enough (`Blocks.spare`), else made anew whenever they are asked for."""
+
+    def __init__(self, blocks: Blocks, rank: Ranker, *, rows: int) -> None:
+        self.rows, self.size = rows, blocks.size
+        self._blocks, self._rank = blocks, rank
+        self._keep = rows * blocks.size * np.dtype(np.uint32).itemsize <= blocks.spare
+        self._kept: dict[int, Ranks] = {}
+        self._scratch = Scratch(np.uint32)
+
+    def __iter__(self) -> Iterator[Ranks]:
+        """Block after block, in order; the array may be overwritten by the next."""
+        if self._kept:
+            yield from self._kept.values()
+            return
+        for block in self._blocks:
+            yield self.of(block)
+
+    def of(self, block: Block) -> Ranks:
+        kept = self._kept.get(block.start)
+        if kept is None:
+            kept = (
+                np.empty((self.rows, block.size), np.uint32)
+                if self._keep
+                else self._scratch.take(self.rows, block.size)
+            )
+            self._rank(block, kept)
+            if self._keep:
+                self._kept[block.start] = kept
+        return kept
+
+
+def select_top(ranked: Ranked, *, count: Callable[[int, int], int]) -> tuple[Selection, ...]:
+    """Of each of R ranked rows the selection of the first `count(row, positions whose rank is not zero)`, in at most two passes over the tensor."""
+    rows = ranked.rows
     upper = np.zeros((rows, _HALF), np.int64)
     zeros = np.zeros(rows, np.int64)
-    scratch = Scratch(np.uint32)
-    for block in blocks:
-        ranks = scratch.take(rows, block.size)
-        rank(block, ranks)
+    for ranks in ranked:
         _upper_histogram(ranks, upper, zeros)
-    counts = [count(row, blocks.size - int(zeros[row])) for row in range(rows)]
+    counts = [count(row, ranked.size - int(zeros[row])) for row in range(rows)]
     found = [_find(upper[row], counts[row]) if counts[row] > 0 else (-1, 0) for row in range(rows)]
     buckets = np.array([bucket for bucket, _ in found], np.int64)
     lower = np.zeros((rows, _HALF), np.int64)
     if bool((buckets >= 0).any()):
-        for block in blocks:
-            ranks = scratch.take(rows, block.size)
-            rank(block, ranks)
+        for ranks in ranked:
             _lower_histogram(ranks, buckets, lower)
     selections = []
     for row, (bucket, above) in enumerate(found):

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from numba import njit
 
 from fusion_ray.merging.blocks import Block, Blocks, Floats, TensorMerge, Weights
-from fusion_ray.merging.selection import EVERYTHING, as_arrays, rank_magnitudes, select_top
+from fusion_ray.merging.selection import EVERYTHING, Ranked, as_arrays, rank_magnitudes, select_top
 from fusion_ray.merging.task_vectors import Thin, merge_task_vectors
 
 
@@ -35,7 +35,7 @@ def trim(blocks: Blocks, density: Weights) -> Thin | None:
     def count(target: int, nonzero: int) -> int:
         return max(1, int(density[target] * blocks.size)) if density[target] > 0 else 0
 
-    found = select_top(blocks, rank_magnitudes, rows=blocks.targets, count=count)
+    found = select_top(Ranked(blocks, rank_magnitudes, rows=blocks.targets), count=count)
     selections = [EVERYTHING if each >= 1 else selection for each, selection in zip(density, found, strict=True)]
     thresholds, remaining = as_arrays(selections)
 

@@ -76,6 +76,14 @@ class AlignmentSummary(TypedDict, total=False):
     worst_pairs: list[TokenPair]
 
 
+class MergeSummary(TypedDict):
+    """One merge. `reused`: the targets whose statistics came from an earlier merge, so that their tensors were not measured again."""
+
+    name: str
+    method: str
+    reused: list[str]
+
+
 class RunReport(TypedDict, total=False):
     """report.json of a run."""
 
@@ -84,6 +92,7 @@ class RunReport(TypedDict, total=False):
     stages: list[StageRun]
     models: list[ModelScores]
     alignment: list[AlignmentSummary]
+    merges: list[MergeSummary]
     engine: dict[str, str]
 
 

@@ -68,6 +68,9 @@ def _stages(report: RunReport) -> str:
     cached = sum(stage["status"] == "cached" for stage in stages)
     total = sum(stage["seconds"] for stage in stages)
     note = f"{len(stages)} stages, {cached} cached; {total:.0f} s of work (branches may run side by side)."
+    for merge in report.get("merges") or []:
+        if merge["reused"]:
+            note += f" The merge {escape(merge['name'])} took the statistics of {escape(', '.join(merge['reused']))} from an earlier one."
     return f'<p class="note">{note}</p><div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 

@@ -24,8 +24,8 @@ _PER_ELEMENT = 32  # bytes beside the windows, of one model and element of a blo
 
 
 def smallest_bound(models: int, threads: int) -> int:
-    """The least `max_bytes_in_flight`: half of it is for windows, half for blocks."""
-    return threads * CHUNK * models * 2 * max(_WINDOWS * _WIDEST, _PER_ELEMENT)
+    """The least `max_bytes_in_flight`: half of it is for windows, a quarter for blocks, a quarter for what methods keep of a tensor."""
+    return threads * CHUNK * models * max(2 * _WINDOWS * _WIDEST, 4 * _PER_ELEMENT)
 
 
 class Room:
@@ -39,14 +39,18 @@ class Room:
         self.output = Scratch(np.float32)
 
     def block_size(self, models: int, unit: int) -> int:
-        """Elements of a block: a multiple of `unit`, within half the bound. Raises MergeError where a unit alone is too large."""
-        most = self._bound // 2 // (models * _PER_ELEMENT)
+        """Elements of a block: a multiple of `unit`, within a quarter of the bound. Raises MergeError where a unit alone is too large."""
+        most = self._bound // 4 // (models * _PER_ELEMENT)
         size = min(max(BLOCK, unit), most) // unit * unit
         if not size:
             raise MergeError(
                 f"rows of {unit} elements of {models} models do not fit max_bytes_in_flight ({self._bound} bytes a thread): raise it"
             )
         return size
+
+    @property
+    def spare(self) -> int:
+        return self._bound // 4
 
     def window_size(self, item_bytes: int, block: int) -> int:
         """Elements of a window, a multiple of a block; `item_bytes` of one element of all models."""
@@ -86,6 +90,7 @@ class TensorBlocks:
         self.size = info.size
         self.row = info.shape[-1] if info.shape else 1
         self.targets = len(targets)
+        self.spare = room.spare
         self._block = room.block_size(len(self._inputs), self.row if whole_rows else CHUNK)
         self._window = room.window_size(sum(ITEM_BYTES[dtype] for dtype in self._dtypes), self._block)
 

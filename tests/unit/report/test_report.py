@@ -381,3 +381,14 @@ def test_a_narrow_terminal_gets_every_mean_and_the_overall_interval(
 
 def test_the_terminal_says_when_there_is_nothing_to_show() -> None:
     assert "no scores" in shown({"run": "x"}, 100)
+
+
+def test_the_stages_say_which_statistics_were_reused():
+    stages = [{"stage": "merge", "branch": "varm", "key": "k" * 32, "status": "ran", "seconds": 1.0}]
+    merges = [
+        {"name": "varm", "method": "varm", "reused": ["qwen3", "neox"]},
+        {"name": "sce", "method": "sce", "reused": []},
+    ]
+    page = build_report_html({"run": "x", "stages": stages, "merges": merges})
+    assert "The merge varm took the statistics of qwen3, neox from an earlier one." in page
+    assert "merge sce took" not in page
