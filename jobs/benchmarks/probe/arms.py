@@ -28,6 +28,16 @@ def _fusechat(vocabulary_map: str) -> Settings:
 
 
 EXACT = _spans("exact", chain=False)
+BUCKET: Settings = {"tail": "bucket"}
+# What more candidates and the tail are tried with.
+BEST: tuple[tuple[str, str, Settings], ...] = (
+    ("same_tokenizer", SAME, EXACT),
+    *(
+        (f"spans_{name}_chain{'_condition' * (inside == 'condition')}", OTHER, _spans(name, chain=True, inside=inside))
+        for name in ("canonical", "shares")
+        for inside in ("skip", "condition")
+    ),
+)
 ARMS = (
     Arm("sft", NONE),
     Arm("same_tokenizer", SAME, EXACT),
@@ -43,22 +53,18 @@ ARMS = (
         for name in ("exact", "prefix", "canonical", "shares")
     ),
     Arm("spans_canonical_condition", OTHER, _spans("canonical", chain=False, inside="condition")),
-    Arm("spans_canonical_chain_condition", OTHER, _spans("canonical", chain=True, inside="condition")),
+    *(
+        Arm(f"spans_{name}_chain_condition", OTHER, _spans(name, chain=True, inside="condition"))
+        for name in ("canonical", "shares")
+    ),
     *(
         Arm(f"{name}_k{k}", teacher, align, teach={"top_k": k}, group="top_k")
         for k in (32, 64)
-        for name, teacher, align in (
-            ("same_tokenizer", SAME, EXACT),
-            ("spans_canonical_chain", OTHER, _spans("canonical", chain=True)),
-            ("spans_shares_chain", OTHER, _spans("shares", chain=True)),
-        )
+        for name, teacher, align in BEST
     ),
+    *(Arm(f"{name}_bucket", teacher, align, distill=BUCKET, group="tail") for name, teacher, align in BEST),
     *(
-        Arm(f"{name}_bucket", teacher, align, distill={"tail": "bucket"}, group="tail")
-        for name, teacher, align in (
-            ("same_tokenizer", SAME, EXACT),
-            ("spans_canonical_chain", OTHER, _spans("canonical", chain=True)),
-            ("spans_shares_chain", OTHER, _spans("shares", chain=True)),
-        )
+        Arm(f"{name}_k64_bucket", teacher, align, teach={"top_k": 64}, distill=BUCKET, group="tail")
+        for name, teacher, align in BEST
     ),
 )
