@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -146,6 +146,10 @@ def merge_command(
         int | None,
         typer.Option(min=1, help="tensors that are merged side by side [default: the cores of this process]"),
     ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        typer.Option(help="what computes: a CUDA device where there is one, or this; the bytes are the same"),
+    ] = "auto",
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="afterwards, ask the merged model for its next token of a prompt")
     ] = True,
@@ -165,6 +169,7 @@ def merge_command(
             threads=workers,
             overwrite=overwrite,
             report=report,
+            device=device,
         )
     console.print(describe(merged, out), highlight=False, markup=False, soft_wrap=True)
     if check:

@@ -1,40 +1,48 @@
 """`fusion-ray merge MERGE.yml OUT`: a merge file carried out on this machine, without Ray. Called by cli.py alone.
 
-OUT becomes a Hugging Face folder. While it is unfinished it holds `merge.json`, which says what is being made there: the same command goes on after the last
-whole shard, another one is refused. `manifest.json` is written last and lists every file with its sha256.
+OUT becomes a Hugging Face folder. The same command goes on after the last whole shard, another one is refused (merge_folder.py). `manifest.json` is written
+last and lists every file with its sha256.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from fusion_ray.checkpoints.errors import MergeError
+import fsspec
+
+from fusion_ray.checkpoints.files import files_of
 from fusion_ray.checkpoints.plan import WorkUnit
 from fusion_ray.config import ConfigError, ModelConfig, is_url
+from fusion_ray.merge_folder import claim, held, let_go, tidy
 from fusion_ray.merge_recipe import Recipe
 from fusion_ray.merge_yaml import load_recipe, resolved_yaml
-from fusion_ray.models import local_folder
+from fusion_ray.models import fingerprint_model, local_folder
 from fusion_ray.records import CHANGES_FORMAT, MERGE_FORMAT, Report
-from fusion_ray.store import MANIFEST, UNITS, Artifact, Manifest, Store, content_key
-from fusion_ray.workers.merge_job import REUSED, Spread, run_merge
+from fusion_ray.store import Artifact, Manifest, Store, content_key
+from fusion_ray.workers.find_cuda import DeviceKind, choose_device
+from fusion_ray.workers.merge_files import is_read
+from fusion_ray.workers.merge_job import REUSED, Spread, Statistics, check_job, run_merge
 from fusion_ray.workers.merge_plan import MergeJob
 from fusion_ray.workers.merge_units import MeasureUnit, MergeUnit
 from fusion_ray.workers.merger import usable_threads
 
-MARK = "merge.json"
 RECIPE_FILE = "mergekit_config.yml"
+_URL = re.compile(r"\w[\w+.-]+:/")  # a Path has lost the second stroke
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What the command did: the folder's manifest, whether it was there already, and the models whose statistics were reused."""
+    """What the command did: the folder's manifest, whether it was there already, the models whose statistics were reused, and what computed it."""
 
     manifest: Manifest
     was_there: bool
     reused: tuple[str, ...]
+    device: DeviceKind = "cpu"
 
 
 def merge_file(
@@ -46,42 +54,66 @@ def merge_file(
     threads: int | None,
     overwrite: bool,
     report: Report,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> Merged:
     """Merge as the file `path` says into the folder `out`.
 
     Raises ConfigError for a file or a folder that the user must mend, MergeError for models that do not merge, StoreError for a full or read-only disk.
     """
+    if _URL.match(str(out)):
+        raise ConfigError(
+            f"{out}: the merged model is written to a folder of this machine: give one, and copy it from there"
+        )
     recipe = load_recipe(path)
     folders = [_local(model) for model in recipe.models]
-    prints = {model.name: _print(folder) for model, folder in zip(recipe.models, folders, strict=True)}
+    tokenizer = None if recipe.tokenizer is None else _local(recipe.tokenizer)
+    _check_apart(out, [*folders, *filter(None, [tokenizer])])
+    prints = {model.name: _print(model, folder) for model, folder in zip(recipe.models, folders, strict=True)}
     settings: dict[str, object] = {"merge": resolved_yaml(recipe), "max_shard_bytes": max_shard_bytes}
+    if recipe.tokenizer is not None and tokenizer is not None:
+        settings["tokenizer"] = _print(recipe.tokenizer, tokenizer)
     folder = Artifact(
         str(out.absolute()), "merge", content_key("merge", MERGE_FORMAT, settings, prints), settings, prints
     )
-    if _claim(folder, overwrite=overwrite):
-        return Merged(folder.manifest(), True, ())
-    job = _job(recipe, folders, max_bytes_in_flight, max_shard_bytes, threads or usable_threads())
-    cache = Store(os.environ.get("FUSION_RAY_CACHE", str(Path.home() / ".cache" / "fusion_ray")))
+    job = _job(recipe, folders, tokenizer, max_bytes_in_flight, max_shard_bytes, threads or usable_threads())
+    if overwrite:  # before what is there is removed
+        choose_device(device)
+        check_job(job)
+    with held(folder):
+        if claim(folder, overwrite=overwrite):
+            return Merged(folder.manifest(), True, ())
+        try:
+            job = replace(job, device=choose_device(device))
+            manifest = run_merge(
+                folder, job, spread=_spread(report), report=lambda figures: None, statistics=_statistics(prints)
+            )
+        except ValueError:
+            let_go(folder)
+            raise
+        found = folder.read_json(REUSED)["reused"] if folder.exists(REUSED) else []
+        assert isinstance(found, list)
+        tidy(folder)
+    return Merged(manifest, False, tuple(map(str, found)), job.device)
+
+
+def _statistics(prints: Mapping[str, str]) -> Statistics:
+    """The user's cache, where the user has a home."""
+    place = os.environ.get("FUSION_RAY_CACHE") or os.path.expanduser("~/.cache/fusion_ray")
+    if place.startswith("~"):
+        return lambda reference, target: None
+    cache = Store(place)
 
     def statistics(reference: str, target: str) -> Artifact:
         inputs = {"base": prints[reference], "target": prints[target]}
         return cache.artifact("changes", CHANGES_FORMAT, {}, inputs)
 
-    try:
-        manifest = run_merge(folder, job, spread=_spread(report), report=lambda figures: None, statistics=statistics)
-    except MergeError:
-        _let_go(folder)
-        raise
-    found = folder.read_json(REUSED)["reused"] if folder.exists(REUSED) else []
-    assert isinstance(found, list)
-    for leftover in (UNITS, MARK, REUSED):
-        folder.remove(leftover)
-    return Merged(manifest, False, tuple(map(str, found)))
+    return statistics
 
 
 def _job(
     recipe: Recipe,
     folders: list[str],
+    tokenizer: str | None,
     max_bytes_in_flight: int,
     max_shard_bytes: int,
     threads: int,
@@ -100,7 +132,7 @@ def _job(
         threads=threads,
         recipe=recipe,
         files_of=recipe.pivot,
-        tokenizer=None if recipe.tokenizer is None else _local(recipe.tokenizer),
+        tokenizer=tokenizer,
         chat_template=recipe.chat_template,
         layers=recipe.layers,
         extra_files=((RECIPE_FILE, resolved_yaml(recipe)),),
@@ -111,48 +143,31 @@ def _local(model: ModelConfig) -> str:
     return model.path if is_url(model.path) else local_folder(model.path, model.revision)
 
 
-def _print(folder: str) -> str:
-    """What tells a folder from its changed self without reading its weights: names, sizes and times of change (an object's checksum)."""
-    if is_url(folder):
-        from fusion_ray.models import fingerprint_model
-
-        return fingerprint_model(folder)
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    entries = {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
-    return content_key("folder", 1, {"path": os.path.realpath(folder), "files": entries}, {})
-
-
-def _claim(folder: Artifact, *, overwrite: bool) -> bool:
-    """Make the folder ready for this merge; True where it holds it already. Raises ConfigError where it holds something else."""
-    ours = (
-        folder.read_json(MANIFEST if folder.sealed else MARK)
-        if folder.exists(MANIFEST) or folder.exists(MARK)
-        else None
-    )
-    if ours is None:
-        if folder.names():
+def _check_apart(out: Path, folders: Sequence[str]) -> None:
+    """Raises ConfigError where the merge would be written over one of its models, or into it, which changes it."""
+    place = Path(os.path.realpath(out))
+    for folder in folders:
+        model = Path(os.path.realpath(folder))
+        if not is_url(folder) and (place == model or place in model.parents or model in place.parents):
             raise ConfigError(
-                f"{folder.path()} is not empty and holds no merge of this program: give a new folder, or empty it yourself"
+                f"{out.absolute()} is one of the models, or lies in it or around it: give a folder of its own ({folder} is read)"
             )
-    elif ours.get("key") == folder.key and not overwrite:
-        return folder.sealed
-    elif not overwrite:
-        raise ConfigError(
-            f"{folder.path()} holds another merge (or its models or settings have changed since): give a new folder, or --overwrite it"
-        )
-    else:
-        folder.remove()
-    folder.write_json(MARK, {"key": folder.key})
-    return False
 
 
-def _let_go(folder: Artifact) -> None:
-    """Models that do not merge leave nothing behind, unless shards were made before."""
-    if not any(name.startswith("model") for name in folder.names()):
-        folder.remove(MARK)
-        folder.remove(UNITS)
-        with suppress(OSError):
-            os.rmdir(folder.path())
+def _print(model: ModelConfig, folder: str) -> str:
+    """What tells a model from its changed self without reading its weights: a hub id's commit, the objects' checksums, the names, sizes and times of change
+    of a folder's files."""
+    entries: dict[str, object]
+    if is_url(folder):
+        fs, root = fsspec.core.url_to_fs(folder)
+        entries = {name: str(fs.checksum(f"{root}/{name}")) for name in files_of(folder).names() if is_read(name)}
+        return content_key("url", 1, {"url": folder, "objects": entries}, {})
+    if model.path != folder:
+        return fingerprint_model(model.path, model.revision)
+    names = [name for name in files_of(folder).names() if is_read(name)]
+    stats = {name: os.stat(os.path.join(folder, name)) for name in names}
+    entries = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+    return content_key("folder", 1, {"path": os.path.realpath(folder), "files": entries}, {})
 
 
 def _spread(report: Report) -> Spread:
@@ -176,13 +191,11 @@ def _spread(report: Report) -> Spread:
 
 def read_bytes(text: str) -> int:
     """`256MB`, `1.5GB` or a plain number as bytes (decimal units, as disks are sold). Raises ConfigError."""
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    number = text.strip().rstrip("BbKkMmGgTt")
-    unit = text.strip()[len(number) :].upper()
-    try:
-        return int(float(number) * units[unit])
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"{text!r} is not a number of bytes: give for example 256MB or 2GB") from error
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?B?)\s*", text, re.IGNORECASE)
+    number = 0 if found is None else int(float(found[1]) * _UNITS[found[2].upper().rstrip("B")])
+    if not number:
+        raise ConfigError(f"{text!r} is not a number of bytes: give for example 256MB or 2GB")
+    return number
 
 
 def describe(merged: Merged, out: Path) -> str:
@@ -196,4 +209,6 @@ def describe(merged: Merged, out: Path) -> str:
     ]
     if merged.reused:
         lines.append(f"not measured again: {', '.join(merged.reused)} (statistics of an earlier merge)")
+    if merged.device == "cuda":
+        lines.append("computed on a CUDA device (the same bytes as without: --device cpu)")
     return "\n".join(lines)

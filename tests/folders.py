@@ -52,7 +52,7 @@ def write_model(folder: Path, tensors: Mapping[str, torch.Tensor], *, shards: in
     if shards == 1:
         save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
         return folder
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
         part = {name: tensor for place, (name, tensor) in enumerate(tensors.items()) if place % shards == number}

@@ -35,9 +35,11 @@ def widen(stored: npt.NDArray[np.generic], dtype: str, out: Floats) -> None:
 
 
 class Caster:
-    """Casts one block after the other; what it gives may be overwritten by the next."""
+    """Casts one block after the other; what it gives may be overwritten by the next. Where blocks are of whole rows, and so start anywhere, sums are taken
+    over the chunks of each row: the same for any size of block."""
 
-    def __init__(self) -> None:
+    def __init__(self, row: int | None = None) -> None:
+        self._row = row
         self._stored, self._written = Scratch(np.uint16), Scratch(np.float32)
 
     def cast(self, values: Floats, base: Floats, dtype: str) -> tuple[npt.NDArray[np.generic], Cast]:
@@ -48,9 +50,12 @@ class Caster:
             moved, odd = map(int, _narrow_bfloat16(values, base, stored, written))
         else:
             stored, written, moved, odd = _narrow(values, base, dtype)
-        squares = np.empty(chunks_of(values.size))
-        dot_chunks(written, written, base, squares)
-        return stored, Cast(moved, squares, odd)
+        row = self._row or values.size
+        squares = np.empty((values.size // row, chunks_of(row)))
+        for number, sums in enumerate(squares):
+            of_row = slice(number * row, (number + 1) * row)
+            dot_chunks(written[of_row], written[of_row], base[of_row], sums)
+        return stored, Cast(moved, squares.reshape(-1), odd)
 
 
 def _narrow(values: Floats, base: Floats, dtype: str) -> tuple[npt.NDArray[np.generic], Floats, int, int]:

@@ -23,6 +23,7 @@ _ARCHITECTURE = (
     "model_type", "architectures", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "hidden_act", "hidden_activation", "tie_word_embeddings", "rms_norm_eps", "layer_norm_eps", "norm_eps", "rope_theta", "rope_scaling",
     "rope_parameters", "rotary_pct", "partial_rotary_factor", "sliding_window", "attention_bias", "mlp_bias", "use_parallel_residual",
+    "n_layer", "n_embd", "n_head", "num_layers", "layer_types",
     "num_experts", "num_local_experts", "num_experts_per_tok", "final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar",
 )  # fmt: skip
 _NOT_COMPARED = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache")

@@ -29,6 +29,7 @@ class ShardWriter:
 
     def __init__(self, path: str | Path, unit: WorkUnit) -> None:
         self._path = Path(path)
+        self._called = unit.file  # where the path is a passing one
         self._temporary = self._path.with_name(f"{self._path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
         self._tensors = {tensor.name: tensor for tensor in unit.tensors}
         self._remaining = {tensor.name: tensor.size for tensor in unit.tensors}
@@ -110,7 +111,7 @@ class ShardWriter:
             yield
         except OSError as error:
             raise StoreError(
-                f"cannot write {self._path.name} in {self._path.parent}: {error.strerror or error}. Files that are whole are kept: free space or fix "
+                f"cannot write {self._called} in {self._path.parent}: {error.strerror or error}. Files that are whole are kept: free space or fix "
                 "permissions and run again"
             ) from error
 

@@ -44,12 +44,11 @@ def breadcrumbs_ties(
 
 def leave_out(blocks: Blocks, density: Weights, gamma: Weights) -> Thin:
     """What is largest of all, less what is largest of that: two selections of the tops of one ranking, in four passes over the tensor."""
-    kept = [int(each * blocks.size) for each in density]
-    tops = [min(int(each * blocks.size), blocks.size - left) for each, left in zip(gamma, kept, strict=True)]
+    counts = [tops_of(each, top, blocks.size) for each, top in zip(density, gamma, strict=True)]
     ranked = Ranked(blocks, rank_magnitudes, rows=blocks.targets)
     selections = (
-        select_top(ranked, count=lambda target, nonzero: tops[target] + kept[target]),
-        select_top(ranked, count=lambda target, nonzero: tops[target]),
+        select_top(ranked, count=lambda target, nonzero: counts[target][0]),
+        select_top(ranked, count=lambda target, nonzero: counts[target][1]),
     )
     (outer, outer_ties), (inner, inner_ties) = map(as_arrays, selections)
     scratch = Scratch(np.float32)
@@ -61,3 +60,10 @@ def leave_out(blocks: Blocks, density: Weights, gamma: Weights) -> Thin:
         np.subtract(deltas, largest, out=deltas)  # an element is in both as it is, or in the first alone
 
     return thin
+
+
+def tops_of(density: float, gamma: float, size: int) -> tuple[int, int]:
+    """Of so many elements, how many are larger than those left out as small, and how many of them are left out as large."""
+    kept = int(density * size)
+    top = min(int(gamma * size), size - kept)
+    return top + kept, top

@@ -49,5 +49,10 @@ def drop(blocks: Blocks, density: Weights, *, rescale: bool, seed: int) -> Thin:
     """Keeps each element of target j with probability density_j."""
     keys = stream_keys(seed, blocks.name, blocks.targets)
     kept = np.asarray(density, np.float64)
-    factors = np.array([1.0 / each if rescale and each > 0 else 1.0 for each in density])
+    factors = np.array([factor_of(each, rescale=rescale) for each in density])
     return lambda block, deltas: keep_by_chance(block, keys, kept, factors, deltas)
+
+
+def factor_of(density: float, *, rescale: bool) -> float:
+    """What the elements that are kept are multiplied by."""
+    return 1.0 / density if rescale and density > 0 else 1.0

@@ -51,22 +51,26 @@ def della_linear(
     return merge_task_vectors(blocks, thin, weight=weight, elect=False, normalize=normalize, scale=scale)
 
 
-def drop_by_rank(blocks: Blocks, density: Weights, epsilon: Weights, *, rescale: bool, seed: int) -> Thin:
+def half_ranges(density: Weights, epsilon: Weights) -> Weights:
+    """How far each target's keep probabilities lie around its density. Raises ValueError where one would leave 0..1."""
     for target, (kept, around) in enumerate(zip(density, epsilon, strict=True)):
         if kept < 1 and (kept - around <= 0 or kept + around >= 1):
             raise ValueError(
                 f"della with density {kept:g} and epsilon {around:g} for target {target}: keep density - epsilon above 0 and density + epsilon below 1"
             )
+    return tuple(0.0 if kept >= 1 else around for kept, around in zip(density, epsilon, strict=True))
+
+
+def drop_by_rank(blocks: Blocks, density: Weights, epsilon: Weights, *, rescale: bool, seed: int) -> Thin:
+    half = half_ranges(density, epsilon)
     keys = stream_keys(seed, blocks.name, blocks.targets)
-    middle = np.asarray(density, np.float64)
-    half = np.array([0.0 if kept >= 1 else around for kept, around in zip(density, epsilon, strict=True)])
 
     def thin(block: Block, deltas: Floats) -> None:
         np.subtract(block.targets, block.base, out=deltas)
         for target in range(blocks.targets):
             rows = deltas[target].reshape(-1, blocks.row)
             order = np.argsort(np.abs(rows), axis=1, kind="stable")
-            _drop(rows, order, keys[target], np.uint64(block.start), middle[target], half[target], rescale)
+            _drop(rows, order, keys[target], np.uint64(block.start), density[target], half[target], rescale)
 
     return thin
 

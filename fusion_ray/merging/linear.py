@@ -11,9 +11,14 @@ def linear(blocks: Blocks, weights: Weights | None = None, *, weight: Weights, n
 
     `weights` is not used.
     """
+    divided = divide(weight, normalize=normalize)
+    narrow = as_float32(divided)
+    return TensorMerge(divided, lambda block, out: sum_weighted(block.targets, narrow, out))
+
+
+def divide(weight: Weights, *, normalize: bool) -> Weights:
+    """The weights over their sum. Raises ValueError where that is zero."""
     total = math.fsum(weight) if normalize else 1.0
     if total == 0:
         raise ValueError(f"linear with the weights {list(weight)}, which add up to zero: their mean is not defined")
-    divided = tuple(one / total for one in weight)
-    narrow = as_float32(divided)
-    return TensorMerge(divided, lambda block, out: sum_weighted(block.targets, narrow, out))
+    return tuple(one / total for one in weight)

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from fusion_ray.merging.blocks import Blocks, TensorMerge, Weights
+from fusion_ray.merging.blocks import Blocks, Doubles, TensorMerge, Weights
 from fusion_ray.merging.gram import gram_matrix
 from fusion_ray.merging.sphere import combination, directions, length, step
 
@@ -26,18 +26,23 @@ def multislerp(
 
     Raises ValueError for weights that add up to zero. `weights` is not used.
     """
+    gram = gram_matrix(blocks, of="deltas" if has_base else "targets")
+    return combination(coefficients(gram, weight, normalize_weights=normalize_weights, eps=eps), add_to_base=has_base)
+
+
+def coefficients(gram: Doubles, weight: Weights, *, normalize_weights: bool, eps: float) -> Weights:
+    """What each target, or its task vector, is multiplied by, from their inner products (M, M)."""
     total = math.fsum(weight) if normalize_weights else 1.0
     if total == 0:
         raise ValueError(f"multislerp with the weights {list(weight)}, which add up to zero: their mean is not defined")
     shares = np.asarray(weight, np.float64) / total
-    norms, cosines = directions(gram_matrix(blocks, of="deltas" if has_base else "targets"))
+    norms, cosines = directions(gram)
     there = norms > eps
     of_directions = shares * there
     if not there.all() and of_directions.sum() != 0.0:
         of_directions *= shares.sum() / of_directions.sum()
     size = length(of_directions, cosines)
     if size <= eps:
-        return combination(tuple(shares.tolist()), add_to_base=has_base)
+        return tuple(shares.tolist())
     point, _ = step(of_directions / size, of_directions, cosines)
-    coefficients = float(shares @ norms) * point / np.where(there, norms, 1.0)
-    return combination(tuple(coefficients.tolist()), add_to_base=has_base)
+    return tuple((float(shares @ norms) * point / np.where(there, norms, 1.0)).tolist())

@@ -12,9 +12,9 @@ from numba import njit
 
 from fusion_ray.merging.blocks import Block, Doubles, Floats
 
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-_FIRST = np.uint64(0xBF58476D1CE4E5B9)
-_SECOND = np.uint64(0x94D049BB133111EB)
+GAMMA = np.uint64(0x9E3779B97F4A7C15)
+FIRST = np.uint64(0xBF58476D1CE4E5B9)
+SECOND = np.uint64(0x94D049BB133111EB)
 BITS = 53  # of a random number; as a fraction it is exact in float64
 
 
@@ -35,15 +35,20 @@ def keep_by_chance(
     block: Block, keys: npt.NDArray[np.uint64], density: Doubles, factors: Doubles, deltas: Floats
 ) -> None:
     """(M, n) deltas = factors_j times the task vector where the element's number is below density_j, else 0."""
-    limits = np.array([int(each * (1 << BITS)) for each in density.tolist()], np.uint64)
+    limits = np.array([limit_of(each) for each in density.tolist()], np.uint64)
     _keep(block.base, block.targets, keys, np.uint64(block.start), limits, factors, deltas)
+
+
+def limit_of(density: float) -> int:
+    """Below it lie the random bits of that share of the elements."""
+    return int(density * (1 << BITS))
 
 
 @njit(inline="always")
 def random_bits(key, position):  # type: ignore[no-untyped-def]  # compiled: uint64 to uint64
-    value = key + (position + np.uint64(1)) * _GAMMA
-    value = (value ^ (value >> np.uint64(30))) * _FIRST
-    value = (value ^ (value >> np.uint64(27))) * _SECOND
+    value = key + (position + np.uint64(1)) * GAMMA
+    value = (value ^ (value >> np.uint64(30))) * FIRST
+    value = (value ^ (value >> np.uint64(27))) * SECOND
     return (value ^ (value >> np.uint64(31))) >> np.uint64(64 - BITS)
 
 

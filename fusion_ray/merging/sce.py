@@ -16,6 +16,8 @@ result is divided at each position by the eta that survive there.
 variant "mergekit" (0.1.5): the sum takes dhat_j, divided likewise (by no less than 1e-6), and eta is uniform where sum_j mean(dhat_j^2) < 1e-6.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 from numba import njit
@@ -37,7 +39,7 @@ from fusion_ray.merging.task_vectors import add_elected
 
 _MERGEKIT_UNIFORM_BELOW = 1e-6
 _MERGEKIT_LEAST_DIVISOR = 1e-6
-_SMALLEST = 2.0**-1022  # no eta is smaller without being zero
+SMALLEST = 2.0**-1022  # no eta is smaller without being zero
 VARIANTS = ("paper", "fusechat_release", "mergekit")
 
 
@@ -45,12 +47,26 @@ def sce(
     blocks: Blocks, weights: Weights | None = None, *, variant: str = "paper", select_topk: float = 0.1
 ) -> TensorMerge:
     """SCE made ready for one tensor in three passes over it. Raises ValueError for an unknown variant. `weights` is not used."""
-    if variant not in VARIANTS:
-        raise ValueError(f"sce variant {variant!r}: give {', '.join(VARIANTS[:-1])} or {VARIANTS[-1]}")
+    check_variant(variant)
     ranked = Ranked(blocks, rank_variance, rows=1)
     selection = _select(ranked, select_topk)
-    eta = _calculate(blocks, ranked, selection, floor=_MERGEKIT_UNIFORM_BELOW if variant == "mergekit" else 0.0)
+    eta = _calculate(blocks, ranked, selection, variant=variant)
     return TensorMerge(eta, _Erase(ranked, EVERYTHING if variant == "fusechat_release" else selection, variant, eta))
+
+
+def check_variant(variant: str) -> None:
+    if variant not in VARIANTS:
+        raise ValueError(f"sce variant {variant!r}: give {', '.join(VARIANTS[:-1])} or {VARIANTS[-1]}")
+
+
+def eta_of(squares: Sequence[float], size: int, variant: str) -> Weights:
+    """eta (equation 6) from the targets' sums of squares over so many elements; uniform where the variant calls them too small."""
+    floor = _MERGEKIT_UNIFORM_BELOW if variant == "mergekit" else 0.0
+    return shares(squares if sum(squares) / size >= floor else [0.0] * len(squares))
+
+
+def least_divisor(variant: str) -> float:
+    return _MERGEKIT_LEAST_DIVISOR if variant == "mergekit" else 0.0
 
 
 def _select(ranked: Ranked, select_topk: float) -> Selection:
@@ -60,8 +76,7 @@ def _select(ranked: Ranked, select_topk: float) -> Selection:
     return selection
 
 
-def _calculate(blocks: Blocks, ranked: Ranked, selection: Selection, *, floor: float) -> Weights:
-    """eta (equation 6); uniform where the mean squares of all targets add up to less than `floor`."""
+def _calculate(blocks: Blocks, ranked: Ranked, selection: Selection, *, variant: str) -> Weights:
     thresholds, remaining = as_arrays([selection])
     sums: list[Doubles] = []
     for block in blocks:
@@ -69,7 +84,7 @@ def _calculate(blocks: Blocks, ranked: Ranked, selection: Selection, *, floor: f
         _square_selected(block.base, block.targets, _ranks(ranked, selection, block), thresholds, remaining, of_block)
         sums.append(of_block)
     squares = [exact_sum([each[j] for each in sums]) for j in range(blocks.targets)]
-    return shares(squares if sum(squares) / blocks.size >= floor else [0.0] * len(squares))
+    return eta_of(squares, blocks.size, variant)
 
 
 class _Erase:
@@ -81,7 +96,7 @@ class _Erase:
         self._paper = variant == "paper"
         self._eta = np.asarray(eta, np.float64)
         self._voices = np.ones(len(eta))
-        self._least = _MERGEKIT_LEAST_DIVISOR if variant == "mergekit" else 0.0
+        self._least = least_divisor(variant)
 
     def __call__(self, block: Block, out: Floats) -> None:
         ranks = _ranks(self._ranked, self._selection, block)
@@ -209,4 +224,4 @@ def _add_agreeing(
     for start in range(0, out.size, CHUNK):
         count = _select_chunk(base, targets, ranks, start, thresholds, remaining, keep, deltas)
         chunk = slice(start, start + count)
-        add_elected(base[chunk], deltas[:, :count], voices, eta, True, _SMALLEST, least, 1.0, out[chunk])
+        add_elected(base[chunk], deltas[:, :count], voices, eta, True, SMALLEST, least, 1.0, out[chunk])

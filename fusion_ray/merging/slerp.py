@@ -8,7 +8,7 @@ A zero tensor makes no angle either.
 
 import numpy as np
 
-from fusion_ray.merging.blocks import Block, Blocks, Floats, TensorMerge, Weights
+from fusion_ray.merging.blocks import Block, Blocks, Doubles, Floats, TensorMerge, Weights
 from fusion_ray.merging.gram import gram_matrix
 from fusion_ray.merging.sphere import directions
 
@@ -17,17 +17,7 @@ PARALLEL = 0.9995
 
 def slerp(blocks: Blocks, weights: Weights | None = None, *, t: float) -> TensorMerge:
     """Raises ValueError unless there is one target. `weights` is not used."""
-    if blocks.targets != 1:
-        raise ValueError(
-            f"slerp goes between two models, the base and one other; {blocks.targets} others are given: take multislerp or karcher"
-        )
-    norms, cosines = directions(gram_matrix(blocks, of="base and targets"))
-    cosine = float(cosines[0, 1])
-    if abs(cosine) > PARALLEL or not norms.all():
-        of_base, of_target = 1.0 - t, t
-    else:
-        angle = float(np.arccos(cosine))
-        of_base, of_target = (float(np.sin(part * angle) / np.sin(angle)) for part in (1.0 - t, t))
+    of_base, of_target = coefficients(gram_matrix(blocks, of="base and targets"), t=t)
     narrow = np.float32(of_base), np.float32(of_target)
 
     def apply(block: Block, out: Floats) -> None:
@@ -35,3 +25,17 @@ def slerp(blocks: Blocks, weights: Weights | None = None, *, t: float) -> Tensor
         out += block.base * narrow[0]
 
     return TensorMerge((of_target,), apply)
+
+
+def coefficients(gram: Doubles, *, t: float) -> tuple[float, float]:
+    """What the base and the target are multiplied by, from their inner products (2, 2). Raises ValueError for those of more."""
+    if len(gram) != 2:
+        raise ValueError(
+            f"slerp goes between two models, the base and one other; {len(gram) - 1} others are given: take multislerp or karcher"
+        )
+    norms, cosines = directions(gram)
+    cosine = float(cosines[0, 1])
+    if abs(cosine) > PARALLEL or not norms.all():
+        return 1.0 - t, t
+    angle = float(np.arccos(cosine))
+    return float(np.sin((1.0 - t) * angle) / np.sin(angle)), float(np.sin(t * angle) / np.sin(angle))

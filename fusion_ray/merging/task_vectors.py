@@ -33,8 +33,7 @@ def merge_task_vectors(
     scale: float,
 ) -> TensorMerge:
     """The merge of one tensor by the equations above; without `thin` task vectors are taken whole."""
-    total = math.fsum(weight) if normalize and not elect else 1.0
-    weights = tuple(scale * each / (total if abs(total) >= LEAST_DIVISOR else 1.0) for each in weight)
+    weights = applied_weights(weight, elect=elect, normalize=normalize, scale=scale)
     if thin is None and not elect:
         narrow = as_float32(weights)
         return TensorMerge(weights, lambda block, out: add_weighted_deltas(block.base, block.targets, narrow, out))
@@ -53,6 +52,12 @@ def merge_task_vectors(
             add_all(block.base, deltas, wide, out)
 
     return TensorMerge(weights, apply)
+
+
+def applied_weights(weight: Weights, *, elect: bool, normalize: bool, scale: float) -> Weights:
+    """What the task vectors are multiplied by; where an election divides, before that."""
+    total = math.fsum(weight) if normalize and not elect else 1.0
+    return tuple(scale * each / (total if abs(total) >= LEAST_DIVISOR else 1.0) for each in weight)
 
 
 def take_deltas(block: Block, deltas: Floats) -> None:

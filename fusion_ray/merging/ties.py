@@ -32,10 +32,8 @@ def trim(blocks: Blocks, density: Weights) -> Thin | None:
     if all(each >= 1 for each in density):
         return None
 
-    def count(target: int, nonzero: int) -> int:
-        return max(1, int(density[target] * blocks.size)) if density[target] > 0 else 0
-
-    found = select_top(Ranked(blocks, rank_magnitudes, rows=blocks.targets), count=count)
+    kept = [kept_of(each, blocks.size) for each in density]
+    found = select_top(Ranked(blocks, rank_magnitudes, rows=blocks.targets), count=lambda target, nonzero: kept[target])
     selections = [EVERYTHING if each >= 1 else selection for each, selection in zip(density, found, strict=True)]
     thresholds, remaining = as_arrays(selections)
 
@@ -43,6 +41,11 @@ def trim(blocks: Blocks, density: Weights) -> Thin | None:
         keep_largest(block.base, block.targets, thresholds, remaining, deltas)
 
     return thin
+
+
+def kept_of(density: float, size: int) -> int:
+    """How many of so many elements trimming keeps."""
+    return max(1, int(density * size)) if density > 0 else 0
 
 
 @njit(cache=True, nogil=True)

@@ -47,6 +47,7 @@ def merge(
         max_bytes_in_flight=config.max_bytes_in_flight,
         max_shard_bytes=config.max_shard_bytes,
         threads=max(1, round(resources.cpus)),
+        device="cuda" if resources.gpus else "cpu",
     )
     started = time.monotonic()
     logger.info("merge %s: %d targets with %s", method.label, len(targets), method.method)

@@ -16,8 +16,8 @@ from fusion_ray.merging.changes import Changes
 from fusion_ray.merging.methods import METHODS
 from fusion_ray.merging.parameters import check_parameters
 from fusion_ray.records import Report
-from fusion_ray.store import Artifact, Manifest, Unit
-from fusion_ray.workers.merge_files import index_unit, model_files
+from fusion_ray.store import Artifact, Manifest, StoreError, Unit
+from fusion_ray.workers.merge_files import check_tokenizer, index_unit, model_files
 from fusion_ray.workers.merge_plan import MergeJob, MergePlan, plan_merge
 from fusion_ray.workers.merge_report import fused_figures, merge_report
 from fusion_ray.workers.merge_units import (
@@ -29,7 +29,7 @@ from fusion_ray.workers.merge_units import (
     statistics_name,
     to_json,
 )
-from fusion_ray.workers.merger import Models
+from fusion_ray.workers.merger import Models, is_merged
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +63,11 @@ def run_merge(
     """
     if out.sealed:
         return out.manifest()
-    check_parameters(job.method, job.parameters)
-    models = job.open()
-    plan = plan_merge(job, models)
-    models.check_bound()
+    models, plan = check_job(job)
     _check_room(out, plan.units)
 
     done = _Progress(report, 2 * len(plan.units))
-    changes = _measured(out, job, plan, spread, done, statistics)
+    changes = _measured(out, job, models, plan, spread, done, statistics)
     weights = _weights(plan, changes)
     unmerged = [unit for unit in plan.units if out.unit(unit.file) is None]
     done.skip(len(plan.units) - len(unmerged))
@@ -78,13 +75,29 @@ def run_merge(
     return _finish(out, job, models, plan, changes)
 
 
+def check_job(job: MergeJob) -> tuple[Models, MergePlan]:
+    """The gates that need the models' headers alone. Raises MergeError and ValueError as `run_merge`."""
+    check_parameters(job.method, job.parameters)
+    models = job.open()
+    plan = plan_merge(job, models)
+    models.check_bound()
+    check_tokenizer(job)
+    return models, plan
+
+
 def _measured(
-    out: Artifact, job: MergeJob, plan: MergePlan, spread: Spread, done: "_Progress", statistics: Statistics
+    out: Artifact,
+    job: MergeJob,
+    models: Models,
+    plan: MergePlan,
+    spread: Spread,
+    done: "_Progress",
+    statistics: Statistics,
 ) -> dict[str, Changes]:
     """The first pass over all shards, for the targets whose statistics are not there yet."""
     places: dict[int, Artifact] = {}
     names: dict[int, str] = {}
-    if plan.alike:
+    if plan.alike and plan.keeps_names:
         first = next(iter(plan.recipes.values()))
         reference = job.models[first.reference[0]][0]
         for target, number in enumerate(first.models):
@@ -92,7 +105,9 @@ def _measured(
             place = statistics(reference, names[target])
             if place is not None:
                 places[target] = place
-    known = {target: from_json(place.read_json(CHANGES)) for target, place in places.items() if place.sealed}
+    merged = [name for name, recipe in plan.recipes.items() if is_merged(models, recipe)]
+    kept = {target: _kept(place, merged) for target, place in places.items()}
+    known = {target: found for target, found in kept.items() if found is not None}
     missing = tuple(target for target in plan.targets if target not in known)
     if known:
         logger.info("merge: statistics of %s reused", ", ".join(names[target] for target in known))
@@ -112,9 +127,27 @@ def _measured(
     for at, target in enumerate(missing):
         known[target] = {name: change.of(at) for name, change in found.items() if at < change.targets}
         if target in places:
-            place = places[target]
-            place.seal([place.commit_bytes(CHANGES, json.dumps(to_json(known[target])).encode())])
+            _keep(places[target], known[target])
     return {name: _joined([known[t][name] for t in plan.targets if name in known[t]]) for name in known[0]}
+
+
+def _kept(place: Artifact, names: Sequence[str]) -> dict[str, Changes] | None:
+    """The statistics of these tensors; None where they are not all there, as after a merge of some layers, or cannot be read."""
+    if not place.sealed:
+        return None
+    try:
+        found = from_json(place.read_json(CHANGES))
+        return {name: found[name] for name in names}
+    except (ValueError, KeyError, TypeError, StoreError):
+        return None
+
+
+def _keep(place: Artifact, changes: Mapping[str, Changes]) -> None:
+    """A merge needs no place for statistics: where it cannot be written, the next merge measures again."""
+    try:
+        place.seal([place.commit_bytes(CHANGES, json.dumps(to_json(changes)).encode())])
+    except StoreError as error:
+        logger.warning("merge: statistics are not kept for later merges: %s", error)
 
 
 def _joined(changes: Sequence[Changes]) -> Changes:
@@ -125,15 +158,17 @@ def _joined(changes: Sequence[Changes]) -> Changes:
 
 
 def _weights(plan: MergePlan, changes: Mapping[str, Changes]) -> dict[str, Weights | None]:
-    """The method's first phase. Raises ValueError where it goes over all tensors and they have different settings."""
-    settings = [plan.recipes[name] for name in changes]
-    first = next(iter(plan.recipes.values()))
-    method = METHODS[first.method]
-    if method.over_units is not None and any(recipe.parameters != first.parameters for recipe in settings):
-        raise ValueError(
-            f"{first.method} compares tensors with each other, so its settings must be the same for all: leave out filters and gradients"
-        )
-    return method.weights(changes, first.parameters)
+    """The methods' first phase (slices of one model pass it through). Raises ValueError where it goes over all tensors and they have different settings."""
+    found: dict[str, Weights | None] = {}
+    for method in sorted({plan.recipes[name].method for name in changes}):
+        of_method = {name: change for name, change in changes.items() if plan.recipes[name].method == method}
+        first, *others = (plan.recipes[name].parameters for name in of_method)
+        if METHODS[method].over_units is not None and any(other != first for other in others):
+            raise ValueError(
+                f"{method} compares tensors with each other, so its settings must be the same for all: leave out filters and gradients"
+            )
+        found |= METHODS[method].weights(of_method, first)
+    return found
 
 
 class _Progress:

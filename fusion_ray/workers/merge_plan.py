@@ -13,6 +13,7 @@ from fusion_ray.merging.parameters import complete_parameters
 from fusion_ray.merging.recipe import TensorRecipe
 from fusion_ray.models import local_folder
 from fusion_ray.store import Artifact
+from fusion_ray.workers.find_cuda import DeviceKind
 from fusion_ray.workers.merger import Models, Recipes
 
 
@@ -30,6 +31,7 @@ class MergeJob:
     max_bytes_in_flight: int
     max_shard_bytes: int
     threads: int = 1
+    device: DeviceKind = "cpu"  # for speed alone: the bytes are the same
     recipe: Recipe | None = None
     files_of: int = 0  # the model whose config is copied: the base, else the first
     tokenizer: str | None = (
@@ -64,6 +66,11 @@ class MergePlan:
         """Whether all tensors have the same targets, so that statistics of one are a target's."""
         return len({recipe.models for recipe in self.recipes.values()}) == 1
 
+    @property
+    def keeps_names(self) -> bool:
+        """Whether every tensor is called what it is called in all models (slices renumber layers), so that statistics by name hold in other merges."""
+        return all(name == recipe.name for recipe in self.recipes.values() for _, name in recipe.inputs)
+
 
 def plan_merge(job: MergeJob, models: Models) -> MergePlan:
     """Raises MergeError for models that do not merge, ValueError for parameters that the method does not take."""
@@ -76,7 +83,7 @@ def plan_merge(job: MergeJob, models: Models) -> MergePlan:
         tied, differences = compatible.tied, compatible.config_differences
     else:
         # Slices take layers from models of different depth.
-        depth = () if job.layers is None else ("num_hidden_layers",)
+        depth = () if job.layers is None else ("num_hidden_layers", "n_layer", "num_layers", "layer_types")
         differences = compare_configs(pivot, targets, but=depth)
         tied = tied_heads(models.checkpoints)
         names = [[name for name in model.tensors if name not in tied] for model in models.checkpoints]

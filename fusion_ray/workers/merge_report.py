@@ -69,7 +69,7 @@ def _total(target: str, number: int, names: Sequence[str], changes: Mapping[str,
     size = sum(changes[name].size for name in names)
     return {
         "name": target,
-        "moved": sum(changes[name].moved[number] for name in names) / size,
+        "moved": sum(changes[name].moved[number] for name in names) / size if size else 0.0,
         "norm": math.sqrt(math.fsum(changes[name].squares[number] for name in names)),
     }
 
@@ -79,7 +79,7 @@ def fused_figures(changes: Mapping[str, Changes], merged: Mapping[str, MergedTen
     size = sum(changes[name].size for name in merged)
     return {
         "parameters": size,
-        "moved": sum(tensor.moved for tensor in merged.values()) / size,
+        "moved": sum(tensor.moved for tensor in merged.values()) / size if size else 0.0,
         "norm": math.sqrt(math.fsum(tensor.squares for tensor in merged.values())),
     }
 

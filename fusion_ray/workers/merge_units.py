@@ -8,7 +8,8 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from fusion_ray.merging.blocks import Weights
 from fusion_ray.merging.changes import Changes
 from fusion_ray.store import Artifact, Json, Unit
 from fusion_ray.workers.merge_plan import MergeJob
-from fusion_ray.workers.merger import MergedTensor, Recipes, measure_shard, merge_shard
+from fusion_ray.workers.merger import Device, MergedTensor, Recipes, measure_shard, merge_shard
 
 STATISTICS = "_statistics"  # results of the first pass, one file a shard; removed when the artefact is sealed
 
@@ -36,7 +37,8 @@ class MeasureUnit:
     progress: Callable[[str], None] = _silent
 
     def __call__(self, unit: WorkUnit) -> None:
-        changes = measure_shard(self.job.open(), unit, self.recipes, self.targets, self.progress)
+        with _device(self.job) as device:
+            changes = measure_shard(self.job.open(), unit, self.recipes, self.targets, self.progress, device)
         self.out.write_json(statistics_name(unit, self.targets), to_json(changes))
 
 
@@ -55,9 +57,16 @@ class MergeUnit:
         # The name marks it as left over when this process is killed: `seal` removes it.
         path = Path(scratch) / f"{unit.file}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
         try:
-            done, sha256 = merge_shard(
-                self.job.open(), unit, self.recipes, path, weights=self.weights, progress=self.progress
-            )
+            with _device(self.job) as device:
+                done, sha256 = merge_shard(
+                    self.job.open(),
+                    unit,
+                    self.recipes,
+                    path,
+                    weights=self.weights,
+                    progress=self.progress,
+                    device=device,
+                )
             info: dict[str, Json] = {
                 name: {"weights": _json(tensor.weights), "moved": tensor.moved, "squares": tensor.squares}
                 for name, tensor in done.items()
@@ -67,6 +76,18 @@ class MergeUnit:
             path.unlink(missing_ok=True)
             if not self.out.is_local:
                 shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _device(job: MergeJob) -> Iterator[Device | None]:
+    """What takes the job's tensors off this processor, if anything. Raises MergeError where the job wants one and there is none."""
+    if job.device == "cpu":
+        yield None
+        return
+    from fusion_ray.workers.merge_on_device import cuda_device  # loads torch: seconds that other merges do without
+
+    with cuda_device() as device:
+        yield device
 
 
 def statistics_name(unit: WorkUnit, targets: tuple[int, ...]) -> str:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from fusion_ray.merging.blocks import Doubles, Weights, exact_sum
 from fusion_ray.merging.changes import Changes, measure_changes
 from fusion_ray.merging.methods import METHODS
 from fusion_ray.merging.recipe import TensorRecipe
-from fusion_ray.workers.tensor_blocks import Room, TensorBlocks, smallest_bound
+from fusion_ray.workers.tensor_blocks import Room, TensorBlocks, plain_memory, smallest_bound
 
 Result = TypeVar("Result")
 Recipes = Mapping[str, TensorRecipe]  # by the name of the output tensor
@@ -60,6 +60,26 @@ class MergedTensor:
     squares: float
 
 
+class Device(Protocol):
+    """What takes whole tensors off the processor, without a change to the bytes; several threads use it. merge_on_device.TorchDevice, which loads torch."""
+
+    def allocate(self, size: int) -> npt.NDArray[np.uint8]:
+        """Memory of the host to read files into."""
+
+    def measure(self, blocks: TensorBlocks) -> Changes | None:
+        """None for a tensor that the device has no room for: nothing was done."""
+
+    def merge(
+        self,
+        blocks: TensorBlocks,
+        recipe: TensorRecipe,
+        tensor: PlannedTensor,
+        weights: Weights | None,
+        writer: ShardWriter,
+    ) -> MergedTensor | None:
+        """Likewise. Raises MergeError for values that leave the range of the written type."""
+
+
 def usable_threads() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0))
@@ -71,6 +91,7 @@ def measure_shard(
     recipes: Recipes,
     targets: Sequence[int],
     progress: Callable[[str], None] = lambda name: None,
+    device: Device | None = None,
 ) -> dict[str, Changes]:
     """The first pass: how far the targets with these places in the recipes moved, for the tensors of one shard.
 
@@ -79,19 +100,19 @@ def measure_shard(
 
     def measure(room: Room, tensor: PlannedTensor) -> Changes | None:
         recipe = recipes[tensor.name]
-        if not _is_merged(models, recipe):
+        if not is_merged(models, recipe):
             _check_copied(models, recipe)
             return None
         chosen = [place for place in targets if place < len(recipe.models)]
         if not chosen:
             return None
         blocks = TensorBlocks(models.checkpoints, recipe, room, places=chosen)
-        found = measure_changes(blocks)
+        found = (device.measure(blocks) if device else None) or measure_changes(blocks)
         at = [recipe.reference, *((recipe.models[place], recipe.names[place]) for place in chosen)]
         check_finite([(models.checkpoints[number], name) for number, name in at], found.finite)
         return found
 
-    with _tensors_side_by_side(models, unit, measure) as results:
+    with _tensors_side_by_side(models, unit, measure, device) as results:
         changes: dict[str, Changes] = {}
         for tensor, found in results:
             if found is not None:
@@ -108,6 +129,7 @@ def merge_shard(
     *,
     weights: Mapping[str, Weights | None],
     progress: Callable[[str], None] = lambda name: None,
+    device: Device | None = None,
 ) -> tuple[dict[str, MergedTensor], str]:
     """Write one shard to `path`, whole or not at all; its tensors' figures and its sha256. `weights` come from the method's first phase, by tensor."""
     done: dict[str, MergedTensor] = {}
@@ -115,12 +137,16 @@ def merge_shard(
 
         def merge(room: Room, tensor: PlannedTensor) -> MergedTensor | None:
             recipe = recipes[tensor.name]
-            if not _is_merged(models, recipe):
+            if not is_merged(models, recipe):
                 _copy(models, recipe, tensor, writer)
                 return None
-            return _merge_tensor(models, recipe, room, tensor, weights.get(tensor.name), writer)
+            whole_rows = METHODS[recipe.method].whole_rows(recipe.parameters)
+            blocks = TensorBlocks(models.checkpoints, recipe, room, whole_rows=whole_rows)
+            given = weights.get(tensor.name)
+            there = device.merge(blocks, recipe, tensor, given, writer) if device else None
+            return there or _merge_tensor(blocks, recipe, room, tensor, given, writer)
 
-        with _tensors_side_by_side(models, unit, merge) as results:
+        with _tensors_side_by_side(models, unit, merge, device) as results:
             for tensor, merged in results:
                 if merged is not None:
                     done[tensor.name] = merged
@@ -130,17 +156,15 @@ def merge_shard(
 
 
 def _merge_tensor(
-    models: Models,
+    blocks: TensorBlocks,
     recipe: TensorRecipe,
     room: Room,
     tensor: PlannedTensor,
     weights: Weights | None,
     writer: ShardWriter,
 ) -> MergedTensor:
-    method = METHODS[recipe.method]
-    blocks = TensorBlocks(models.checkpoints, recipe, room, whole_rows=method.whole_rows(recipe.parameters))
-    ready = method.prepare(blocks, weights, **recipe.parameters)
-    caster = Caster()
+    ready = METHODS[recipe.method].prepare(blocks, weights, **recipe.parameters)
+    caster = Caster(blocks.row if blocks.whole_rows else None)
     moved = 0
     squares: list[Doubles] = []
     for block in blocks:
@@ -148,16 +172,22 @@ def _merge_tensor(
         ready.apply(block, merged)
         stored, found = caster.cast(merged, block.base, tensor.dtype)
         if found.odd:
-            raise MergeError(
-                f"tensor {tensor.name!r}: the merged values leave the range of {tensor.dtype}: write float32 or bfloat16 (merge.dtype)"
-            )
+            raise out_of_range(tensor)
         writer.write(tensor.name, block.start, stored)
         moved += found.moved
         squares.append(found.squares)
     return MergedTensor(ready.weights, moved, exact_sum(squares))
 
 
-def _is_merged(models: Models, recipe: TensorRecipe) -> bool:
+def out_of_range(tensor: PlannedTensor) -> MergeError:
+    return MergeError(
+        f"tensor {tensor.name!r}: the merged values leave the range of {tensor.dtype}: write float32 or bfloat16 "
+        "(`out_dtype` of a merge file, `merge.dtype` of a run)"
+    )
+
+
+def is_merged(models: Models, recipe: TensorRecipe) -> bool:
+    """Whether there is arithmetic to do; other tensors are copied."""
     number, name = recipe.reference
     info = models.checkpoints[number].tensors[name]
     return info.size > 0 and info.dtype in MERGEABLE
@@ -189,11 +219,12 @@ def _stored_blocks(inputs: Sequence[tuple[Checkpoint, str]], bound: int) -> Iter
 
 @contextmanager
 def _tensors_side_by_side(
-    models: Models, unit: WorkUnit, work: Callable[[Room, PlannedTensor], Result]
+    models: Models, unit: WorkUnit, work: Callable[[Room, PlannedTensor], Result], device: Device | None
 ) -> Iterator[Iterator[tuple[PlannedTensor, Result]]]:
     """`work` on every tensor of the unit in as many threads as the models say, the results in the unit's order. An error stops the rest."""
     readers = ThreadPoolExecutor(models.threads, "read")
-    rooms = [Room(models.max_bytes_in_flight // models.threads, readers) for _ in range(models.threads)]
+    allocate = device.allocate if device else plain_memory
+    rooms = [Room(models.max_bytes_in_flight // models.threads, readers, allocate) for _ in range(models.threads)]
 
     def do(tensor: PlannedTensor) -> Result:
         room = rooms.pop()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import yaml
 
 from fusion_ray.checkpoints.reader import Checkpoint
+from fusion_ray.config import is_url
 
 CARD = "README.md"
 UNKNOWN = "unknown"
@@ -17,7 +18,7 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class Ancestor:
-    """One model that went into a merge. `reference` is its hub id or URL, None for a local folder; `key` what tells its content."""
+    """One model that went into a merge. `reference` is its hub id or URL, None for a local folder; `key` what tells its content, empty where nothing does."""
 
     name: str
     role: str
@@ -40,6 +41,7 @@ def licence_of(model: Checkpoint) -> str:
 
 def front_matter(text: str) -> Mapping[str, object]:
     """The YAML between the two lines of dashes that a card begins with; empty where there is none."""
+    text = text.replace("\r\n", "\n")
     if not text.startswith("---\n"):
         return {}
     head, _, _ = text[4:].partition("\n---")
@@ -54,7 +56,7 @@ def merge_card(method: str, ancestors: Sequence[Ancestor], recipe: str) -> str:
     """`recipe` is the text of the settings, as YAML."""
     licences = sorted({each.licence for each in ancestors})
     front: dict[str, object] = {
-        "base_model": [each.reference for each in ancestors if each.reference],
+        "base_model": [each.reference for each in ancestors if each.reference and not is_url(each.reference)],
         "base_model_relation": "merge",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -64,10 +66,7 @@ def merge_card(method: str, ancestors: Sequence[Ancestor], recipe: str) -> str:
         del front["base_model"]
     if len(licences) == 1 and licences[0] != UNKNOWN:
         front["license"] = licences[0]
-    rows = [
-        f"| {each.name} | {each.role} | {each.reference or 'a local folder'} | {each.revision or ''} | {each.licence} | `{each.key[:12]}` |"
-        for each in ancestors
-    ]
+    fence = "```" if "```" not in recipe else "~~~~~~"  # a chat template may hold one
     return "\n".join(
         [
             "---",
@@ -80,17 +79,23 @@ def merge_card(method: str, ancestors: Sequence[Ancestor], recipe: str) -> str:
             "",
             "| model | role | from | revision | licence | key |",
             "|---|---|---|---|---|---|",
-            *rows,
+            *map(_row, ancestors),
             "",
             *_on_licences(licences),
             "`merge_report.json` beside this file holds the weights by matrix and layer, and how far every model and the merge lie from the base.",
             "",
-            "```yaml",
+            f"{fence}yaml",
             recipe.strip(),
-            "```",
+            fence,
             "",
         ]
     )
+
+
+def _row(each: Ancestor) -> str:
+    key = f"`{each.key[:12]}`" if each.key else ""
+    cells = (each.name, each.role, each.reference or "a local folder", each.revision or "", each.licence, key)
+    return f"| {' | '.join(cells)} |"
 
 
 def _on_licences(licences: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 A tensor that fits one window is read once, however often a merge method goes over it. Called by `merger.py`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 
 import numpy as np
@@ -28,12 +28,19 @@ def smallest_bound(models: int, threads: int) -> int:
     return threads * CHUNK * models * max(2 * _WINDOWS * _WIDEST, 4 * _PER_ELEMENT)
 
 
+def plain_memory(size: int) -> npt.NDArray[np.uint8]:
+    return np.empty(size, np.uint8)
+
+
 class Room:
     """Memory of one thread, used again for one tensor after the other: fresh memory costs more than the loops that fill it."""
 
-    def __init__(self, bound: int, readers: Executor) -> None:
+    def __init__(
+        self, bound: int, readers: Executor, allocate: Callable[[int], npt.NDArray[np.uint8]] = plain_memory
+    ) -> None:
         self.readers = readers
         self._bound = bound
+        self._allocate = allocate
         self._windows: list[npt.NDArray[np.uint8]] = [np.empty(0, np.uint8)] * _WINDOWS
         self.floats = Scratch(np.float32)
         self.output = Scratch(np.float32)
@@ -59,7 +66,7 @@ class Room:
 
     def window(self, number: int, size: int) -> npt.NDArray[np.uint8]:
         if self._windows[number].size < size:
-            self._windows[number] = np.empty(size, np.uint8)
+            self._windows[number] = self._allocate(size)
         return self._windows[number][:size]
 
 
@@ -79,36 +86,35 @@ class TensorBlocks:
         targets = [(models[recipe.models[place]], recipe.names[place]) for place in chosen]
         number, name = recipe.reference
         reference = (models[number], name)
-        self._shared = reference in targets  # without a base, a target is what the others are compared with
-        self._at = targets.index(reference) if self._shared else 0
-        self._inputs = targets if self._shared else [reference, *targets]
+        shared = reference in targets  # without a base, a target is what the others are compared with
+        self._inputs = targets if shared else [reference, *targets]
+        self.reference = self._inputs.index(reference)  # which input is the base's
+        self.first_target = len(self._inputs) - len(targets)
         info = reference[0].tensors[name]
-        self._dtypes = [model.tensors[each].dtype for model, each in self._inputs]
-        self._room = room
+        self.dtypes = [model.tensors[each].dtype for model, each in self._inputs]
+        self.room = room
         self._resident = False
+        self.whole_rows = whole_rows
         self.name = recipe.name
         self.size = info.size
         self.row = info.shape[-1] if info.shape else 1
         self.targets = len(targets)
         self.spare = room.spare
         self._block = room.block_size(len(self._inputs), self.row if whole_rows else CHUNK)
-        self._window = room.window_size(sum(ITEM_BYTES[dtype] for dtype in self._dtypes), self._block)
+        self._window = room.window_size(sum(ITEM_BYTES[dtype] for dtype in self.dtypes), self._block)
 
     def __iter__(self) -> Iterator[Block]:
-        for start, stored in self._windows():
+        for start, stored in self.windows():
             size = stored[0].size
             for at in range(0, size, self._block):
                 count = min(self._block, size - at)
-                floats = self._room.floats.take(len(self._inputs), count)
-                for row, (values, dtype) in enumerate(zip(stored, self._dtypes, strict=True)):
+                floats = self.room.floats.take(len(self._inputs), count)
+                for row, (values, dtype) in enumerate(zip(stored, self.dtypes, strict=True)):
                     widen(values[at : at + count], dtype, floats[row])
-                if self._shared:
-                    yield Block(start + at, floats[self._at], floats)
-                else:
-                    yield Block(start + at, floats[0], floats[1:])
+                yield Block(start + at, floats[self.reference], floats[self.first_target :])
 
-    def _windows(self) -> Iterator[tuple[int, list[npt.NDArray[np.generic]]]]:
-        """(first element, the stored elements of every input), window after window."""
+    def windows(self) -> Iterator[tuple[int, list[npt.NDArray[np.generic]]]]:
+        """(first element, the stored elements of every input), window after window; the arrays may be overwritten when the next is asked for."""
         if self._window >= self.size:
             if not self._resident:
                 self._read(0, 0)
@@ -116,24 +122,24 @@ class TensorBlocks:
             yield 0, self._arrays(0, self.size)
             return
         starts = range(0, self.size, self._window)
-        coming: Future[None] = self._room.readers.submit(self._read, 0, 0)
+        coming: Future[None] = self.room.readers.submit(self._read, 0, 0)
         for number, start in enumerate(starts):
             coming.result()
             turn = number % _WINDOWS
             if number + 1 < len(starts):
-                coming = self._room.readers.submit(self._read, (number + 1) % _WINDOWS, starts[number + 1])
+                coming = self.room.readers.submit(self._read, (number + 1) % _WINDOWS, starts[number + 1])
             yield start, self._arrays(turn, min(self._window, self.size - start))
 
     def _arrays(self, turn: int, count: int) -> list[npt.NDArray[np.generic]]:
         """One after the other in the window's memory, the widest types first in their own alignment."""
-        room = self._room.window(turn, count * sum(ITEM_BYTES[dtype] for dtype in self._dtypes))
+        room = self.room.window(turn, count * sum(ITEM_BYTES[dtype] for dtype in self.dtypes))
         arrays: dict[int, npt.NDArray[np.generic]] = {}
         at = 0
-        for row in sorted(range(len(self._dtypes)), key=lambda row: -ITEM_BYTES[self._dtypes[row]]):
-            size = count * ITEM_BYTES[self._dtypes[row]]
-            arrays[row] = room[at : at + size].view(NUMPY_DTYPES[self._dtypes[row]])
+        for row in sorted(range(len(self.dtypes)), key=lambda row: -ITEM_BYTES[self.dtypes[row]]):
+            size = count * ITEM_BYTES[self.dtypes[row]]
+            arrays[row] = room[at : at + size].view(NUMPY_DTYPES[self.dtypes[row]])
             at += size
-        return [arrays[row] for row in range(len(self._dtypes))]
+        return [arrays[row] for row in range(len(self.dtypes))]
 
     def _read(self, turn: int, start: int) -> None:
         for (model, name), values in zip(

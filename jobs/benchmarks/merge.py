@@ -8,8 +8,8 @@
 A pivot and three targets of 207M parameters (395 MiB each), made once into --work and kept, and the same with every matrix four times as large: 8.3 GB.
 Files are read before each pair of runs, so they come from the page cache; `read_from_disk_mb` says where they did not. Outputs go to --out (the disk of
 --work) and are removed. Both sides have the same merge file (float32 arithmetic, bfloat16 output, FuseChat's weights and densities); mergekit gets no
-options: with --lazy-unpickle, --async-write or dtype: bfloat16 no trial of it was clearly faster. Times are by the clock, medians of the repeats, sides in turn, and
-hold only where nothing else has the cores; `processor_seconds` of all threads say more where something has.
+options: no trial of it with --lazy-unpickle, --async-write or dtype: bfloat16 was clearly faster. Times are by the clock, medians of the repeats, sides in
+turn, and hold only where nothing else has the cores; `processor_seconds` of all threads say more where something has.
 
 `peers`: seconds of both sides and their ratios; VaRM, which nobody else has, against the peer's linear. `differs_*`: the share of positions where the two
 outputs differ, and where by more than one unit in the last place of bfloat16. `floor`: against reading all inputs once and writing the output with the

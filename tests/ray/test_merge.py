@@ -15,7 +15,10 @@ from fusion_ray.stages.merge import merge
 from fusion_ray.store import Artifact
 from fusion_ray.workers.merge_job import merge_locally
 from fusion_ray.workers.merge_plan import MergeJob
+from fusion_ray.workers.tensor_blocks import smallest_bound
 from tests.folders import moved, random_tensors, write_model
+from tests.merges import merge as merge_command
+from tests.merges import write_merge
 
 pytestmark = pytest.mark.ray
 RESOURCES = WorkerResources(max_workers=2)
@@ -77,6 +80,73 @@ def test_same_bytes_as_without_ray(tmp_path, method):
     assert (tmp_path / "ray" / "manifest.json").read_bytes() == (tmp_path / "local" / "manifest.json").read_bytes()
     assert seen[-1]["done"] == seen[-1]["total"]
     Artifact(str(tmp_path / "ray"), "merge", "k").verify()
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("sce", {"variant": "paper", "select_topk": 0.2}),
+        ("ties", {"weight": 0.5, "density": 0.4}),
+        ("dare_linear", {"weight": 0.5, "density": 0.4, "seed": 7}),
+        ("della", {"weight": 0.5, "density": 0.4, "epsilon": 0.2, "seed": 7}),
+        ("karcher", {}),
+    ],
+)
+def test_same_bytes_as_the_command(tmp_path, monkeypatch, method, parameters):
+    """Rows of 65 elements, so that blocks of whole rows end elsewhere than others; the command has other threads and reads less at a time."""
+    monkeypatch.setenv("FUSION_RAY_CACHE", str(tmp_path / "cache"))
+    pivot, targets = models(tmp_path, width=65)
+    given = MergeMethod(method=method, **parameters)
+    stage = through_ray(Artifact(str(tmp_path / "ray"), "merge", "k"), pivot, targets, given)
+    assert sum(unit.name.startswith("model-") for unit in stage.units) >= 2
+    path = write_merge(
+        tmp_path / "merge.yml",
+        method,
+        {artifact.path(): {} for artifact in targets.values()},
+        parameters=parameters,
+        **({} if method == "karcher" else {"base_model": pivot.path}),
+    )
+    shard = CONFIG.max_shard_bytes
+    command = merge_command(path, tmp_path / "command", bound=smallest_bound(3, 3), shard=shard, threads=3).manifest
+    of_command = {unit.name: unit.sha256 for unit in command.units}
+    same = [unit for unit in stage.units if unit.name.startswith(("model", "tokenizer", "chat_template", "config"))]
+    assert {unit.name: unit.sha256 for unit in same} == {unit.name: of_command[unit.name] for unit in same}
+    assert len(same) >= 6
+
+
+def test_statistics_of_one_method_serve_the_next(tmp_path):
+    pivot, targets = models(tmp_path)
+    kept = {name: Artifact(str(tmp_path / "changes" / name), "changes", name) for name in targets}
+    phases = []
+
+    def through_both(name, method, statistics):
+        out = Artifact(str(tmp_path / name), "merge", "k")
+        phases.clear()
+        return merge(
+            out,
+            pivot=pivot,
+            targets=targets,
+            method=method,
+            config=CONFIG,
+            resources=RESOURCES,
+            report=lambda figures: phases.append(figures["phase"]),
+            statistics=statistics,
+        )
+
+    sce, varm = MergeMethod(method="sce", select_topk=0.2), MergeMethod(method="varm", granularity="layer")
+    through_both("first", sce, kept)
+    assert set(phases) == {"measure", "merge"}
+    assert all(artifact.sealed for artifact in kept.values())
+    reused = through_both("second", varm, kept)
+    assert set(phases) == {"merge"}
+    alone = through_both("alone", varm, None)
+    assert set(phases) == {"measure", "merge"}
+    assert reused == alone
+    assert not (tmp_path / "second" / "_statistics").exists()
+    kept["poems"].remove()
+    one_more = through_both("third", varm, kept)
+    assert set(phases) == {"measure", "merge"}
+    assert one_more == alone
 
 
 def test_errors_travel_as_they_are_and_leave_nothing(tmp_path):

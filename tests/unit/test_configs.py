@@ -101,7 +101,7 @@ def test_the_papers_merges() -> None:
 
 def test_the_recommended_recipe() -> None:
     config = load("recommended")
-    assert (config.align.method, config.align.map, config.align.inside) == ("spans", "canonical", "skip")
+    assert (config.align.method, config.align.map, config.align.inside) == ("spans", "shares", "skip")
     assert (config.distill.lm_weight, config.distill.on_pivot_win) == (0.3, "sft")
     assert config.merge.methods[0].method == "varm"
     assert config.distill.sft_control

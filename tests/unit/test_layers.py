@@ -19,7 +19,7 @@ LEVELS = {
     **dict.fromkeys(("corpus", "checkpoints", "graph", "report", "merge_file", "merge_recipe"), 2),
     "merge_yaml": 3,
     **dict.fromkeys(("workers", "zoo", "schedule"), 4),
-    **dict.fromkeys(("stages", "progress"), 5),
+    **dict.fromkeys(("stages", "progress", "merge_folder"), 5),
     **dict.fromkeys(("pipeline", "plan", "merge_command"), 6),
     **dict.fromkeys(("summary", "views", "doctor"), 7),
     "cli": 8,

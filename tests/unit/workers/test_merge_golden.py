@@ -57,7 +57,7 @@ def merge_golden(expected: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
     merge_file(
         recipe_of(expected, tmp_path / "recipe"),
         tmp_path / "out",
-        max_bytes_in_flight=1 << 19,
+        max_bytes_in_flight=1 << 20,
         max_shard_bytes=40_000,
         threads=2,
         overwrite=True,

@@ -71,6 +71,22 @@ def test_same_bytes_whatever_the_bound(tmp_path, method, parameters):
     assert sum(name.endswith(".safetensors") for name in found[0]) > 2
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters"), [("della", {"weight": 0.5, "density": 0.5}), ("model_stock", {"filter_wise": True})]
+)
+def test_same_figures_whatever_the_bound_where_rows_end_anywhere(tmp_path, method, parameters):
+    tensors = random_tensors(0, rows=301, width=41, dtype=torch.float32)
+    places = tuple(
+        (name, ModelConfig(name=name, path=str(write_model(tmp_path / name, moved(tensors, seed)))))
+        for seed, name in enumerate(("pivot", "maths", "poems"))
+    )
+    first, second = (
+        merge_locally(artifact(tmp_path / f"out{bound}"), job(places, method, parameters, bound=bound), report=silent)
+        for bound in (1024 * 128 * 3, 1 << 30)
+    )
+    assert first == second
+
+
 def test_a_bound_too_small_says_the_least(tmp_path):
     with pytest.raises(
         MergeError, match="max_bytes_in_flight is 70000: merging 3 models in 1 thread takes at least 393216"
