@@ -68,3 +68,19 @@ ARMS = (
         for name, teacher, align in BEST
     ),
 )
+# docs/alignment.md: every method and map, and what recommended.yaml does. The others tell what the rest is made of.
+TABLE = (
+    "sft",
+    "same_tokenizer",
+    "fusechat_exact",
+    "fusechat_min_edit",
+    "fusechat_statistics",
+    "spans_exact",
+    "spans_min_edit",
+    "spans_statistics",
+    "spans_prefix",
+    "spans_canonical",
+    "spans_canonical_chain",
+    "spans_shares_chain",
+    "spans_shares_chain_k64",
+)
