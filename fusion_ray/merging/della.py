@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fusion_ray.merging.blocks import Block, Blocks, Doubles, Floats, TensorMerge, Weights
+from fusion_ray.merging.blocks import Block, Blocks, Floats, TensorMerge, Weights
 from fusion_ray.merging.sampling import BITS, random_bits, stream_keys
 from fusion_ray.merging.task_vectors import Thin, merge_task_vectors
 
@@ -97,10 +97,3 @@ def _drop(
                 rows[row, at] = np.float32(0.0)
             elif rescale:
                 rows[row, at] = np.float32(rows[row, at] / keep)
-
-
-def keep_probabilities(rows: Floats, density: float, epsilon: float) -> Doubles:
-    """(rows, R) p of the equation above, for looking and for tests."""
-    size = rows.shape[1]
-    rank = np.argsort(np.argsort(np.abs(rows), axis=1, kind="stable"), axis=1, kind="stable")
-    return density - epsilon + 2 * epsilon * rank / (size - 1) if size > 1 else np.full(rows.shape, density)

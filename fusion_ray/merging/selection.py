@@ -16,7 +16,7 @@ from fusion_ray.merging.blocks import CHUNK, Block, Blocks, Floats, Scratch
 
 Ranks = npt.NDArray[np.uint32]
 Ranker = Callable[[Block, Ranks], None]  # fills (R, n)
-_SMALLEST = 2.0**-149  # float32's smallest positive number: a variance below it still is not zero
+SMALLEST_VARIANCE = 2.0**-149  # float32's smallest positive number: a variance below it still is not zero
 _HALF = 1 << 16
 _ABSOLUTE = np.uint32(0x7FFFFFFF)
 
@@ -168,7 +168,7 @@ def _variance(base: Floats, targets: Floats, ranks: Ranks) -> None:
                     total[i] += apart * apart
         for i in range(total.size):
             value = total[i] * scale
-            narrow[i] = np.float32(max(value, _SMALLEST)) if total[i] > 0.0 else np.float32(0.0)
+            narrow[i] = np.float32(max(value, SMALLEST_VARIANCE)) if total[i] > 0.0 else np.float32(0.0)
         for i in range(total.size):
             rank[i] = bits[i]
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fusion_ray.merging.on_torch.blocks import Piece, TorchBlocks
+from fusion_ray.merging.selection import SMALLEST_VARIANCE
 
 _BITS = 31  # of a rank
-_SMALLEST = 2.0**-149  # float32's smallest positive number: a variance below it still is not zero
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def rank_variance(piece: Piece) -> Tensor:
         for second in range(first + 1, len(deltas)):
             apart = deltas[first].double() - deltas[second].double()
             total += apart * apart
-    variance = (total * (1.0 / (len(deltas) * len(deltas)))).clamp_(min=_SMALLEST)
+    variance = (total * (1.0 / (len(deltas) * len(deltas)))).clamp_(min=SMALLEST_VARIANCE)
     return torch.where(total > 0, variance, 0.0).float().view(torch.int32)
 
 
