@@ -18,7 +18,7 @@ demo: setup      ## the main job: teach, align, distill, merge, serve and score 
 test: setup      ## unit, ray and e2e tests
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
-test-unit: setup ## pure tests, under a minute
+test-unit: setup ## pure tests, two minutes
 	$(BIN)/python -m pytest tests/unit -m "not ray and not e2e and not slow" $(ARGS)
 
 test-ray: setup  ## tests that start Ray
