@@ -48,5 +48,6 @@ zoo: setup       ## retrain the zoo's models from seeds (tens of minutes)
 bench: setup     ## every benchmark (a file with a main; align.py runs align_fusechat.py's); lines go to runs/benchmarks.jsonl
 	@mkdir -p runs; for file in $$(grep -l '^def main' jobs/benchmarks/*.py | grep -v /align_fusechat); do $(BIN)/python $$file | tee /dev/stderr | tail -n 1 >> runs/benchmarks.jsonl; done
 
-clean:           ## caches; not the environment and not the runs
+clean:           ## caches, those of compiled loops too; not the environment and not the runs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	find fusion_ray -name "*.nb[ic]" -delete

@@ -1,8 +1,10 @@
 """The files of one model folder, on this machine or in an object store, read by ranges of bytes. Called by the reader; safe to use from several threads."""
 
+import mmap
 import os
 import threading
 import weakref
+from contextlib import suppress
 from typing import Protocol
 
 import fsspec
@@ -25,17 +27,27 @@ class Files(Protocol):
     def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
         """Fill `buffer` from byte `offset` on; how many bytes there were, fewer at the end of the file."""
 
+    def mapped(self, name: str, offset: int, count: int) -> memoryview | None:
+        """These bytes in memory that the system fills when they are looked at; shorter at the end of the file. None where files cannot be mapped.
+
+        A file that is cut off while it is looked at ends the process (SIGBUS).
+        """
+
+    def expect(self, name: str, offset: int, count: int) -> None:
+        """These bytes of a mapped file will be looked at soon: have them read meanwhile."""
+
 
 def files_of(folder: str) -> Files:
     return RemoteFiles(folder) if is_url(folder) else LocalFiles(folder)
 
 
 class LocalFiles:
-    """Each file is opened once; positioned reads need no lock."""
+    """Each file is opened once, and mapped once; positioned reads need no lock."""
 
     def __init__(self, folder: str) -> None:
         self.root = str(folder)
         self._descriptors: dict[str, int] = {}
+        self._mappings: dict[str, mmap.mmap] = {}
         self._lock = threading.Lock()
         weakref.finalize(self, _close, self._descriptors)
 
@@ -61,6 +73,21 @@ class LocalFiles:
                 break
             done += count
         return done
+
+    def mapped(self, name: str, offset: int, count: int) -> memoryview | None:
+        descriptor = self._descriptor(name)
+        size = os.fstat(descriptor).st_size
+        with self._lock:
+            if name not in self._mappings:
+                if not size:
+                    return memoryview(b"")
+                self._mappings[name] = mmap.mmap(descriptor, size, prot=mmap.PROT_READ)
+            mapping = self._mappings[name]
+        return memoryview(mapping)[offset : min(offset + count, size)]
+
+    def expect(self, name: str, offset: int, count: int) -> None:
+        with suppress(OSError):  # a hint, which some file systems do not take
+            os.posix_fadvise(self._descriptor(name), offset, count, os.POSIX_FADV_WILLNEED)
 
     def _descriptor(self, name: str) -> int:
         with self._lock:
@@ -90,6 +117,11 @@ class RemoteFiles:
         data = self._fs.cat_file(f"{self._path}/{name}", start=offset, end=offset + len(buffer))
         buffer[: len(data)] = data
         return len(data)
+
+    def mapped(self, name: str, offset: int, count: int) -> memoryview | None:
+        return None
+
+    def expect(self, name: str, offset: int, count: int) -> None: ...
 
 
 def _close(descriptors: dict[str, int]) -> None:

@@ -70,9 +70,27 @@ class Checkpoint:
         if not values.size:
             return
         buffer = values.view(np.uint8).data
-        if self.files.read_into(info.file, info.offset + start * ITEM_BYTES[info.dtype], buffer) < len(buffer):
+        self._check_whole(info, len(buffer), self.files.read_into(info.file, _place(info, start), buffer))
+
+    def mapped(self, name: str, start: int, stop: int) -> npt.NDArray[np.generic] | None:
+        """Elements `start : stop` as they lie in the file, nothing copied: read when they are looked at. None where that cannot be. Raises as `read_into`."""
+        info = self.tensors[name]
+        count = (stop - start) * ITEM_BYTES[info.dtype]
+        found = self.files.mapped(info.file, _place(info, start), count)
+        if found is None or info.offset % ITEM_BYTES[info.dtype]:
+            return None
+        self._check_whole(info, count, len(found))
+        return np.frombuffer(found, NUMPY_DTYPES[info.dtype])
+
+    def expect(self, name: str, start: int, stop: int) -> None:
+        """These elements of a mapped tensor will be looked at soon."""
+        info = self.tensors[name]
+        self.files.expect(info.file, _place(info, start), (stop - start) * ITEM_BYTES[info.dtype])
+
+    def _check_whole(self, info: TensorInfo, wanted: int, found: int) -> None:
+        if found < wanted:
             raise MergeError(
-                f"model {self.model!r}: {self.folder}/{info.file} ended while tensor {name!r} was read, and was whole when it was opened: "
+                f"model {self.model!r}: {self.folder}/{info.file} ended while tensor {info.name!r} was read, and was whole when it was opened: "
                 "do not change model folders while they are merged; run again"
             )
 
@@ -176,6 +194,10 @@ def _compare_with_index(root: str, file: str, listed: set[str], found: set[str],
                 f"model {model!r}: {root}/{file} and {INDEX} differ: tensor {min(names)!r} {problem} "
                 f"({len(names)} in all): download or export the model again"
             )
+
+
+def _place(info: TensorInfo, start: int) -> int:
+    return info.offset + start * ITEM_BYTES[info.dtype]
 
 
 def _bytes(files: Files, name: str, offset: int, count: int) -> bytes:

@@ -1,6 +1,7 @@
 """Writes one safetensors shard piece by piece: never the whole shard, nor a whole tensor, in memory; whole on disk or not at all.
 
-The file is laid out before the first piece comes, so pieces may come in any order and from several threads.
+The file is laid out before the first piece comes, so pieces may come in any order and from several threads. What is written goes to the disk while the rest
+is computed, so little is left to wait for at the end.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ import os
 import secrets
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +24,7 @@ from fusion_ray.checkpoints.plan import WorkUnit
 from fusion_ray.store import StoreError
 
 _HASHED_AT_A_TIME = 1 << 20
+_FLUSHED_AT_A_TIME = 64 << 20
 
 
 class ShardWriter:
@@ -44,6 +47,8 @@ class ShardWriter:
         self._hash = hashlib.sha256()
         self._hashed = 0
         self._room = memoryview(bytearray(_HASHED_AT_A_TIME))
+        self._flusher = ThreadPoolExecutor(1, "flush")
+        self._flushes: list[Future[None]] = []
 
     def __enter__(self) -> Self:
         with self._errors():
@@ -73,6 +78,8 @@ class ShardWriter:
     def hash_up_to(self, name: str) -> None:
         """Take what lies before the end of this tensor into the file's sha256; all of it must have been written. Called in the unit's order."""
         self._hash_to(self._ends[name])
+        if self._hashed >= (len(self._flushes) + 1) * _FLUSHED_AT_A_TIME and all(each.done() for each in self._flushes):
+            self._flushes.append(self._flusher.submit(os.fdatasync, self._file))
 
     @property
     def sha256(self) -> str:
@@ -88,6 +95,8 @@ class ShardWriter:
                 assert not any(self._remaining.values()), f"{self._path.name}: not every tensor was written"
                 self._hash_to(self._size)
                 with self._errors():
+                    for flush in self._flushes:
+                        flush.result()
                     os.fsync(self._file)
                     os.replace(self._temporary, self._path)
         finally:
@@ -116,6 +125,7 @@ class ShardWriter:
             ) from error
 
     def _discard(self) -> None:
+        self._flusher.shutdown()
         os.close(self._file)
         self._temporary.unlink(missing_ok=True)
 

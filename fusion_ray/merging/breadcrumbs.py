@@ -55,8 +55,8 @@ def leave_out(blocks: Blocks, density: Weights, gamma: Weights) -> Thin:
 
     def thin(block: Block, deltas: Floats) -> None:
         largest = scratch.take(blocks.targets, block.size)
-        keep_largest(block.base, block.targets, outer, outer_ties, deltas)
-        keep_largest(block.base, block.targets, inner, inner_ties, largest)
+        keep_largest(block.inputs, outer, outer_ties, deltas)
+        keep_largest(block.inputs, inner, inner_ties, largest)
         np.subtract(deltas, largest, out=deltas)  # an element is in both as it is, or in the first alone
 
     return thin

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fusion_ray.merging.blocks import CHUNK, Blocks, Doubles, Floats, exact_sum
-from fusion_ray.merging.kernels import chunks_of, dot
+from fusion_ray.merging.blocks import CHUNK, Blocks, Doubles, Floats, Inputs, exact_sum
+from fusion_ray.merging.kernels import LANES, chunks_of, fold, load, load_delta
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,15 @@ def measure_changes(blocks: Blocks) -> Changes:
     squares: list[Doubles] = []
     absolutes: list[Doubles] = []
     moved = np.zeros(targets, np.int64)
-    finite = np.ones(targets + 1, np.bool_)
+    finite = [True] * (targets + 1)
     for block in blocks:
         square, absolute = np.empty((2, targets, chunks_of(block.size)))
-        _measure(block.base, block.targets, square, absolute, moved)
+        _measure(block.inputs, block.size, square, absolute, moved)
         if not np.isfinite(
             square
         ).all():  # a float32 difference squared in float64 is finite unless a model's number is not
-            finite &= [bool(np.isfinite(tensor).all()) for tensor in (block.base, *block.targets)]
+            models = [block.base, *block.targets]
+            finite = [so_far and bool(np.isfinite(each).all()) for so_far, each in zip(finite, models, strict=True)]
         squares.append(square)
         absolutes.append(absolute)
     return Changes(
@@ -70,27 +71,38 @@ def measure_changes(blocks: Blocks) -> Changes:
         squares=tuple(exact_sum([each[j] for each in squares]) for j in range(targets)),
         absolutes=tuple(exact_sum([each[j] for each in absolutes]) for j in range(targets)),
         moved=tuple(moved.tolist()),
-        finite=tuple(finite.tolist()),
+        finite=tuple(finite),
     )
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _measure(base: Floats, targets: Floats, squares: Doubles, absolutes: Doubles, moved: npt.NDArray[np.int64]) -> None:
+def _measure(inputs: Inputs, size: int, squares: Doubles, absolutes: Doubles, moved: npt.NDArray[np.int64]) -> None:
     """Chunk sums of each target's squared and absolute changes; adds up the elements that moved."""
-    room, sizes = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    ones = np.ones(CHUNK, np.float32)
+    room, lanes = np.empty((2, CHUNK), np.float32), np.empty((2, LANES), np.float64)
     for chunk in range(squares.shape[1]):
         start = chunk * CHUNK
-        of_base = base[start : start + CHUNK]
-        delta, size, one = room[: of_base.size], sizes[: of_base.size], ones[: of_base.size]
-        for j in range(targets.shape[0]):
-            target = targets[j, start : start + CHUNK]
-            differ = np.uint32(0)
-            for i in range(target.size):
-                differ += np.uint32(target[i] != of_base[i])
-            moved[j] += differ
-            for i in range(target.size):
-                delta[i] = target[i] - of_base[i]
-                size[i] = abs(delta[i])
-            squares[j, chunk] = dot(delta, delta)
-            absolutes[j, chunk] = dot(size, one)
+        count = min(CHUNK, size - start)
+        base, delta = room[0, :count], room[1, :count]
+        load(inputs, 0, start, base)
+        for j in range(squares.shape[0]):
+            load_delta(inputs, j, start, base, delta)
+            moved[j] += _sum_changes(delta, lanes)
+            squares[j, chunk], absolutes[j, chunk] = fold(lanes[0]), fold(lanes[1])
+
+
+@njit(cache=True, nogil=True)
+def _sum_changes(apart: Floats, lanes: Doubles) -> np.int64:
+    """The squares and the absolutes of a chunk's differences, added up side by side as `kernels.dot` does, into `lanes` (2, LANES); how many are not zero."""
+    moved = np.uint32(0)
+    for i in range(apart.size):
+        moved += np.uint32(apart[i] != np.float32(0.0))
+    squares, absolutes = lanes[0], lanes[1]
+    squares[:] = 0.0
+    absolutes[:] = 0.0
+    for start in range(0, apart.size, LANES):
+        row = apart[start : start + LANES]
+        for lane in range(row.size):
+            value = np.float64(row[lane])
+            squares[lane] += value * value
+            absolutes[lane] += abs(value)
+    return np.int64(moved)

@@ -1,43 +1,114 @@
-"""Compiled loops that several merge methods share: weighted sums, and sums in float64 over chunks. Called by the methods of this package.
+"""Compiled loops that several merge methods share: reading a block, weighted sums, and sums in float64 over chunks. Called by the methods of this package.
 
 Every loop goes chunk by chunk, so that what it computes of a chunk stays in the nearest cache, and releases the interpreter's lock, so that tensors are
 merged side by side in threads. A chunk is a slice that is indexed from 0: with an offset in the index the compiler cannot tell that it is not negative, and
-makes the loop ten times slower. Sums run over 64 lanes in a fixed order: the same bits on any processor. Legend of letters: M targets, n elements.
+makes the loop ten times slower; so does an array that is not contiguous. Sums run over 64 lanes in a fixed order: the same bits on any processor. Legend of
+letters: M targets, n elements.
 """
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-from fusion_ray.merging.blocks import CHUNK, Doubles, Floats
+from fusion_ray.merging.blocks import CHUNK, Doubles, Floats, Inputs
 
 LANES = 64
 
 
+@intrinsic
+def _as_pointer(typing_context, address):  # type: ignore[no-untyped-def]  # compiled: int64 to a pointer
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def _prefetch(typing_context, address):  # type: ignore[no-untyped-def]  # compiled: asks for the cache line at an address; any address will do
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        pointer, number = context.get_value_type(types.voidptr), ir.IntType(32)
+        of = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, of, "llvm.prefetch.p0i8")
+        to_read, keep, data = (ir.Constant(number, value) for value in (0, 3, 1))
+        builder.call(function, [builder.inttoptr(arguments[0], pointer), to_read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@njit(cache=True, nogil=True)
+def load(inputs: Inputs, model: int, start: int, out: Floats) -> None:
+    """out = the elements of one model (0: the base) from `start` on, as many as it has room for, in float32."""
+    if inputs.bfloat16:
+        address = inputs.addresses[model] + 2 * start
+        for line in range(0, 2 * CHUNK, 64):
+            _prefetch(address + 2 * CHUNK + line)
+        stored = carray(_as_pointer(address), out.size, np.uint16)
+        bits = out.view(np.uint32)
+        for i in range(out.size):
+            bits[i] = np.uint32(stored[i]) << np.uint32(16)
+    else:
+        floats = carray(_as_pointer(inputs.addresses[model] + 4 * start), out.size, np.float32)
+        for i in range(out.size):
+            out[i] = floats[i]
+
+
+@njit(cache=True, nogil=True)
+def gather(inputs: Inputs, model: int, start: int, places: npt.NDArray[np.int64], out: Floats) -> None:
+    """out = the elements of one model at the first `places` after `start`, as many as it has room for."""
+    if inputs.bfloat16:
+        stored = carray(_as_pointer(inputs.addresses[model] + 2 * start), CHUNK, np.uint16)
+        bits = out.view(np.uint32)
+        for s in range(out.size):
+            bits[s] = np.uint32(stored[places[s]]) << np.uint32(16)
+    else:
+        floats = carray(_as_pointer(inputs.addresses[model] + 4 * start), CHUNK, np.float32)
+        for s in range(out.size):
+            out[s] = floats[places[s]]
+
+
+@njit(cache=True, nogil=True)
+def load_delta(inputs: Inputs, target: int, start: int, base: Floats, out: Floats) -> None:
+    """out = what a target (from 0) differs by from `base` (n,), which lies from `start` on."""
+    load(inputs, target + 1, start, out)
+    for i in range(out.size):
+        out[i] -= base[i]
+
+
 @njit(cache=True, nogil=True, error_model="numpy")
-def sum_weighted(targets: Floats, weights: Floats, out: Floats) -> None:
+def sum_weighted(inputs: Inputs, weights: Floats, out: Floats) -> None:
     """out = sum_j weights_j targets_j, added in order in float32."""
+    room = np.empty(CHUNK, np.float32)
     for start in range(0, out.size, CHUNK):
         total = out[start : start + CHUNK]
+        target = room[: total.size]
         total[:] = 0.0
-        for j in range(targets.shape[0]):
-            target, weight = targets[j, start : start + CHUNK], weights[j]
+        for j in range(weights.size):
+            load(inputs, j + 1, start, target)
+            weight = weights[j]
             for i in range(total.size):
                 total[i] += weight * target[i]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def add_weighted_deltas(base: Floats, targets: Floats, weights: Floats, out: Floats) -> None:
+def add_weighted_deltas(inputs: Inputs, weights: Floats, out: Floats) -> None:
     """out = base + sum_j weights_j (targets_j - base), the sum taken first: where nobody moved, exactly the base."""
+    room = np.empty((2, CHUNK), np.float32)
     for start in range(0, out.size, CHUNK):
-        total, of_base = out[start : start + CHUNK], base[start : start + CHUNK]
+        total = out[start : start + CHUNK]
+        base, delta = room[0, : total.size], room[1, : total.size]
+        load(inputs, 0, start, base)
         total[:] = 0.0
-        for j in range(targets.shape[0]):
-            target, weight = targets[j, start : start + CHUNK], weights[j]
+        for j in range(weights.size):
+            load_delta(inputs, j, start, base, delta)
+            weight = weights[j]
             for i in range(total.size):
-                total[i] += weight * (target[i] - of_base[i])
+                total[i] += weight * delta[i]
         for i in range(total.size):
-            total[i] += of_base[i]
+            total[i] += base[i]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -56,7 +127,7 @@ def dot_chunks(first: Floats, second: Floats, base: Floats, sums: Doubles) -> No
 
 @njit(cache=True, nogil=True)
 def dot(first: Floats, second: Floats) -> float:
-    """The inner product of a chunk (n,) in float64: LANES sums side by side, then those in order."""
+    """The inner product of a chunk (n,) in float64: LANES sums side by side, then those folded."""
     lanes = np.zeros(LANES, np.float64)
     whole = first.size // LANES
     one, other = first[: whole * LANES].reshape(whole, LANES), second[: whole * LANES].reshape(whole, LANES)
@@ -67,10 +138,19 @@ def dot(first: Floats, second: Floats) -> float:
     a, b = first[whole * LANES :], second[whole * LANES :]
     for lane in range(a.size):
         lanes[lane] += np.float64(a[lane]) * np.float64(b[lane])
-    total = 0.0
-    for lane in range(LANES):
-        total += lanes[lane]
-    return total
+    return fold(lanes)
+
+
+@njit(cache=True, nogil=True)
+def fold(lanes: Doubles) -> float:
+    """The sum of LANES numbers: the upper half is added to the lower one until one is left. Writes over them."""
+    half = LANES // 2
+    while half:
+        lower, upper = lanes[:half], lanes[half : 2 * half]
+        for lane in range(half):
+            lower[lane] += upper[lane]
+        half //= 2
+    return lanes[0]
 
 
 def chunks_of(size: int) -> int:

@@ -13,7 +13,7 @@ def linear(blocks: Blocks, weights: Weights | None = None, *, weight: Weights, n
     """
     divided = divide(weight, normalize=normalize)
     narrow = as_float32(divided)
-    return TensorMerge(divided, lambda block, out: sum_weighted(block.targets, narrow, out))
+    return TensorMerge(divided, lambda block, out: sum_weighted(block.inputs, narrow, out))
 
 
 def divide(weight: Weights, *, normalize: bool) -> Weights:

@@ -26,7 +26,7 @@ def model_stock(blocks: Blocks, weights: Weights | None = None, *, filter_wise: 
         return TensorMerge(None, lambda block, out: _merge_rows(block, blocks.row, out))
     each = coefficients(gram_matrix(blocks, of="deltas"))
     narrow = as_float32(each)
-    return TensorMerge(each, lambda block, out: add_weighted_deltas(block.base, block.targets, narrow, out))
+    return TensorMerge(each, lambda block, out: add_weighted_deltas(block.inputs, narrow, out))
 
 
 def check_targets(targets: int) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fusion_ray.merging.blocks import Block, Doubles, Floats
+from fusion_ray.merging.blocks import CHUNK, Block, Doubles, Floats, Inputs
+from fusion_ray.merging.kernels import load, load_delta
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
 FIRST = np.uint64(0xBF58476D1CE4E5B9)
@@ -36,7 +37,7 @@ def keep_by_chance(
 ) -> None:
     """(M, n) deltas = factors_j times the task vector where the element's number is below density_j, else 0."""
     limits = np.array([limit_of(each) for each in density.tolist()], np.uint64)
-    _keep(block.base, block.targets, keys, np.uint64(block.start), limits, factors, deltas)
+    _keep(block.inputs, keys, np.uint64(block.start), limits, factors, deltas)
 
 
 def limit_of(density: float) -> int:
@@ -60,17 +61,21 @@ def _uniform(key: np.uint64, start: int, out: Doubles) -> None:
 
 @njit(cache=True, nogil=True)
 def _keep(
-    base: Floats,
-    targets: Floats,
+    inputs: Inputs,
     keys: npt.NDArray[np.uint64],
-    start: np.uint64,
+    first: np.uint64,
     limits: npt.NDArray[np.uint64],
     factors: Doubles,
     deltas: Floats,
 ) -> None:
-    for j in range(targets.shape[0]):
-        target, delta = targets[j], deltas[j]
-        key, limit, factor = keys[j], limits[j], np.float32(factors[j])
-        for i in range(base.size):
-            kept = random_bits(key, start + np.uint64(i)) < limit
-            delta[i] = (target[i] - base[i]) * factor if kept else np.float32(0.0)
+    room = np.empty(CHUNK, np.float32)
+    for start in range(0, deltas.shape[1], CHUNK):
+        base = room[: min(CHUNK, deltas.shape[1] - start)]
+        load(inputs, 0, start, base)
+        position = first + np.uint64(start)
+        for j in range(deltas.shape[0]):
+            delta, key, limit, factor = deltas[j, start : start + CHUNK], keys[j], limits[j], np.float32(factors[j])
+            load_delta(inputs, j, start, base, delta)
+            for i in range(base.size):
+                kept = random_bits(key, position + np.uint64(i)) < limit
+                delta[i] = delta[i] * factor if kept else np.float32(0.0)

@@ -28,15 +28,17 @@ from fusion_ray.merging.blocks import (
     Blocks,
     Doubles,
     Floats,
+    Inputs,
     TensorMerge,
     Weights,
     exact_sum,
     shares,
 )
-from fusion_ray.merging.kernels import chunks_of, dot
+from fusion_ray.merging.kernels import LANES, chunks_of, dot, fold, gather, load, load_delta
 from fusion_ray.merging.selection import EVERYTHING, Ranked, Ranks, Selection, as_arrays, rank_variance, select_top
 from fusion_ray.merging.task_vectors import add_elected
 
+Places = npt.NDArray[np.int64]  # of the selected positions in their chunk
 _MERGEKIT_UNIFORM_BELOW = 1e-6
 _MERGEKIT_LEAST_DIVISOR = 1e-6
 SMALLEST = 2.0**-1022  # no eta is smaller without being zero
@@ -81,7 +83,8 @@ def _calculate(blocks: Blocks, ranked: Ranked, selection: Selection, *, variant:
     sums: list[Doubles] = []
     for block in blocks:
         of_block = np.empty((blocks.targets, chunks_of(block.size)))
-        _square_selected(block.base, block.targets, _ranks(ranked, selection, block), thresholds, remaining, of_block)
+        ranks = _ranks(ranked, selection, block)
+        _square_selected(block.inputs, block.size, ranks, thresholds, remaining, of_block)
         sums.append(of_block)
     squares = [exact_sum([each[j] for each in sums]) for j in range(blocks.targets)]
     return eta_of(squares, blocks.size, variant)
@@ -100,7 +103,7 @@ class _Erase:
 
     def __call__(self, block: Block, out: Floats) -> None:
         ranks = _ranks(self._ranked, self._selection, block)
-        selected = block.base, block.targets, ranks, self._thresholds, self._remaining
+        selected = block.inputs, ranks, self._thresholds, self._remaining
         if self._paper:
             _add_unopposed(*selected, self._eta, out)
         else:
@@ -114,69 +117,105 @@ def _ranks(ranked: Ranked, selection: Selection, block: Block) -> Ranks:
 
 @njit(cache=True, nogil=True)
 def _select_chunk(
-    base: Floats,
-    targets: Floats,
-    ranks: Ranks,
+    inputs: Inputs,
     start: int,
+    size: int,
+    ranks: Ranks,
     thresholds: npt.NDArray[np.int64],
     remaining: npt.NDArray[np.int64],
-    keep: Floats,
-    deltas: Floats,
-) -> int:
-    """dhat of the chunk at `start` into `deltas` (M, CHUNK), how many elements it has; counts down the ties that remain. Threshold -1: all are kept."""
-    of_base = base[start : start + CHUNK]
-    count = of_base.size
-    whole = thresholds[0] < 0
-    if not whole:
-        rank, mask = ranks[start : start + CHUNK], keep[:count]
-        least, left = np.uint32(thresholds[0]), remaining[0]
-        equal = np.uint32(0)
-        for i in range(rank.size):
-            mask[i] = np.float32(1.0) if rank[i] >= least else np.float32(0.0)
-            equal += np.uint32(rank[i] == least)
-        if equal > left:
-            for i in range(rank.size):
-                if rank[i] == least:
-                    if left > 0:
-                        left -= 1
-                    else:
-                        mask[i] = np.float32(0.0)
-            remaining[0] = left
-        else:
-            remaining[0] = left - equal
-    for j in range(targets.shape[0]):
-        target, delta = targets[j, start : start + CHUNK], deltas[j]
-        for i in range(of_base.size):
-            delta[i] = target[i] - of_base[i]
-        if not whole:
-            mask = keep[:count]
-            for i in range(mask.size):
-                delta[i] *= mask[i]
+    places: Places,
+    bases: Floats,
+    room: Floats,
+) -> Floats:
+    """(M, s) the task vectors at the s positions that are selected of the `size` from `start` on; in `room`.
+
+    Their `places` from there on and their `bases` are written. Counts down the ties that remain. Threshold -1: all are selected, `places` are left alone.
+    """
+    M = inputs.addresses.size - 1
+    if thresholds[0] < 0:
+        base, deltas = bases[:size], room[: M * size].reshape(M, size)
+        load(inputs, 0, start, base)
+        for j in range(M):
+            load_delta(inputs, j, start, base, deltas[j])
+        return deltas
+    count = _places_of(ranks[start : start + size], np.uint32(thresholds[0]), remaining, places)
+    base, deltas = bases[:count], room[: M * count].reshape(M, count)
+    gather(inputs, 0, start, places, base)
+    for j in range(M):
+        delta = deltas[j]
+        gather(inputs, j + 1, start, places, delta)
+        for s in range(count):
+            delta[s] -= base[s]
+    return deltas
+
+
+@njit(cache=True, nogil=True)
+def _places_of(ranks: Ranks, least: np.uint32, remaining: npt.NDArray[np.int64], places: Places) -> int:
+    """Where a chunk's ranks are above `least`, or equal to it while ties remain; how many. No branch in the loop that is nearly always taken."""
+    equal = np.uint32(0)
+    for i in range(ranks.size):
+        equal += np.uint32(ranks[i] == least)
+    count = 0
+    if equal <= remaining[0]:
+        remaining[0] -= equal
+        for i in range(ranks.size):
+            places[count] = i
+            count += ranks[i] >= least
+        return count
+    for i in range(ranks.size):
+        if ranks[i] == least:
+            if remaining[0] == 0:
+                continue
+            remaining[0] -= 1
+        elif ranks[i] < least:
+            continue
+        places[count] = i
+        count += 1
     return count
 
 
 @njit(cache=True, nogil=True)
 def _square_selected(
-    base: Floats,
-    targets: Floats,
+    inputs: Inputs,
+    size: int,
     ranks: Ranks,
     thresholds: npt.NDArray[np.int64],
     remaining: npt.NDArray[np.int64],
     sums: Doubles,
 ) -> None:
-    """Chunk sums of dhat_j^2."""
-    keep, deltas = np.empty(CHUNK, np.float32), np.empty((targets.shape[0], CHUNK), np.float32)
+    """Chunk sums of dhat_j^2, as `dot` adds them up over all elements of the chunk: those that are not selected add nothing."""
+    places, lanes = np.empty(CHUNK, np.int64), np.empty(LANES, np.float64)
+    bases, room = np.empty(CHUNK, np.float32), np.empty(sums.shape[0] * CHUNK, np.float32)
     for chunk in range(sums.shape[1]):
-        count = _select_chunk(base, targets, ranks, chunk * CHUNK, thresholds, remaining, keep, deltas)
-        for j in range(targets.shape[0]):
-            delta = deltas[j, :count]
-            sums[j, chunk] = dot(delta, delta)
+        start = chunk * CHUNK
+        of_chunk = min(CHUNK, size - start)
+        deltas = _select_chunk(inputs, start, of_chunk, ranks, thresholds, remaining, places, bases, room)
+        for j in range(deltas.shape[0]):
+            delta = deltas[j]
+            if thresholds[0] < 0:
+                sums[j, chunk] = dot(delta, delta)
+                continue
+            lanes[:] = 0.0
+            for s in range(delta.size):
+                value = np.float64(delta[s])
+                lanes[places[s] % LANES] += value * value
+            sums[j, chunk] = fold(lanes)
+
+
+@njit(cache=True, nogil=True)
+def _put(inputs: Inputs, start: int, everything: bool, places: Places, merged: Floats, out: Floats) -> None:
+    """A chunk of the output: `merged` at its places, the base elsewhere."""
+    if everything:
+        out[:] = merged
+        return
+    load(inputs, 0, start, out)
+    for s in range(merged.size):
+        out[places[s]] = merged[s]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _add_unopposed(
-    base: Floats,
-    targets: Floats,
+    inputs: Inputs,
     ranks: Ranks,
     thresholds: npt.NDArray[np.int64],
     remaining: npt.NDArray[np.int64],
@@ -184,12 +223,14 @@ def _add_unopposed(
     out: Floats,
 ) -> None:
     """The paper's erase and sum. The sign is that of a float64 sum: two large deltas of opposite sign may nearly cancel."""
-    keep, deltas = np.empty(CHUNK, np.float32), np.empty((targets.shape[0], CHUNK), np.float32)
+    places, bases, results = np.empty(CHUNK, np.int64), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    room = np.empty(eta.size * CHUNK, np.float32)
     signs, totals = np.empty(CHUNK, np.float64), np.empty(CHUNK, np.float64)
     for start in range(0, out.size, CHUNK):
-        _select_chunk(base, targets, ranks, start, thresholds, remaining, keep, deltas)
-        of_base, merged = base[start : start + CHUNK], out[start : start + CHUNK]
-        sign, total = signs[: merged.size], totals[: merged.size]
+        of_chunk = min(CHUNK, out.size - start)
+        deltas = _select_chunk(inputs, start, of_chunk, ranks, thresholds, remaining, places, bases, room)
+        size = deltas.shape[1]
+        sign, total, base, merged = signs[:size], totals[:size], bases[:size], results[:size]
         sign[:] = 0.0
         total[:] = 0.0
         for j in range(deltas.shape[0]):
@@ -203,14 +244,14 @@ def _add_unopposed(
             for i in range(sign.size):
                 value = np.float64(delta[i])
                 total[i] += weight * value if value * sign[i] >= 0.0 else 0.0
-        for i in range(sign.size):
-            merged[i] = np.float32(np.float64(of_base[i]) + total[i])
+        for i in range(merged.size):
+            merged[i] = np.float32(np.float64(base[i]) + total[i])
+        _put(inputs, start, thresholds[0] < 0, places, merged, out[start : start + CHUNK])
 
 
 @njit(cache=True, nogil=True)
 def _add_agreeing(
-    base: Floats,
-    targets: Floats,
+    inputs: Inputs,
     ranks: Ranks,
     thresholds: npt.NDArray[np.int64],
     remaining: npt.NDArray[np.int64],
@@ -220,8 +261,11 @@ def _add_agreeing(
     out: Floats,
 ) -> None:
     """The two programs' erase and sum: an election with one voice each, divided by the eta of those that agree."""
-    keep, deltas = np.empty(CHUNK, np.float32), np.empty((targets.shape[0], CHUNK), np.float32)
+    places, bases, results = np.empty(CHUNK, np.int64), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    room = np.empty(eta.size * CHUNK, np.float32)
     for start in range(0, out.size, CHUNK):
-        count = _select_chunk(base, targets, ranks, start, thresholds, remaining, keep, deltas)
-        chunk = slice(start, start + count)
-        add_elected(base[chunk], deltas[:, :count], voices, eta, True, SMALLEST, least, 1.0, out[chunk])
+        of_chunk = min(CHUNK, out.size - start)
+        deltas = _select_chunk(inputs, start, of_chunk, ranks, thresholds, remaining, places, bases, room)
+        merged = results[: deltas.shape[1]]
+        add_elected(bases[: merged.size], deltas, voices, eta, True, SMALLEST, least, 1.0, merged)
+        _put(inputs, start, thresholds[0] < 0, places, merged, out[start : start + CHUNK])

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fusion_ray.merging.blocks import CHUNK, Block, Blocks, Floats, Scratch
+from fusion_ray.merging.blocks import CHUNK, Block, Blocks, Inputs, Scratch
+from fusion_ray.merging.kernels import load, load_delta
 
 Ranks = npt.NDArray[np.uint32]
 Ranker = Callable[[Block, Ranks], None]  # fills (R, n)
@@ -43,7 +44,8 @@ class Ranked:
     def __init__(self, blocks: Blocks, rank: Ranker, *, rows: int) -> None:
         self.rows, self.size = rows, blocks.size
         self._blocks, self._rank = blocks, rank
-        self._keep = rows * blocks.size * np.dtype(np.uint32).itemsize <= blocks.spare
+        keeps = rows * blocks.size * np.dtype(np.uint32).itemsize <= blocks.spare
+        self._room = blocks.kept.take(1, rows * blocks.size)[0] if keeps else None
         self._kept: dict[int, Ranks] = {}
         self._scratch = Scratch(np.uint32)
 
@@ -56,17 +58,15 @@ class Ranked:
             yield self.of(block)
 
     def of(self, block: Block) -> Ranks:
-        kept = self._kept.get(block.start)
-        if kept is None:
-            kept = (
-                np.empty((self.rows, block.size), np.uint32)
-                if self._keep
-                else self._scratch.take(self.rows, block.size)
-            )
-            self._rank(block, kept)
-            if self._keep:
-                self._kept[block.start] = kept
-        return kept
+        if block.start in self._kept:
+            return self._kept[block.start]
+        if self._room is None:
+            ranks = self._scratch.take(self.rows, block.size)
+        else:
+            start, stop = self.rows * block.start, self.rows * (block.start + block.size)
+            ranks = self._kept[block.start] = self._room[start:stop].reshape(self.rows, block.size)
+        self._rank(block, ranks)
+        return ranks
 
 
 def select_top(ranked: Ranked, *, count: Callable[[int, int], int]) -> tuple[Selection, ...]:
@@ -103,12 +103,12 @@ def as_arrays(selections: Sequence[Selection]) -> tuple[npt.NDArray[np.int64], n
 
 def rank_variance(block: Block, ranks: Ranks) -> None:
     """(1, n) ranks by the variance of the task vectors over the targets, population variance in float64; zero where all targets are equal."""
-    _variance(block.base, block.targets, ranks[0])
+    _variance(block.inputs, ranks[0])
 
 
 def rank_magnitudes(block: Block, ranks: Ranks) -> None:
     """(M, n) ranks by the magnitude of each task vector's elements."""
-    _magnitudes(block.base, block.targets, ranks)
+    _magnitudes(block.inputs, ranks)
 
 
 def _find(histogram: npt.NDArray[np.int64], count: int) -> tuple[int, int]:
@@ -144,21 +144,22 @@ def _lower_histogram(ranks: Ranks, buckets: npt.NDArray[np.int64], histogram: np
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _variance(base: Floats, targets: Floats, ranks: Ranks) -> None:
+def _variance(inputs: Inputs, ranks: npt.NDArray[np.uint32]) -> None:
     """M^2 times the variance, sum_{i<j} (delta_i - delta_j)^2: without a mean there is no division, and equal targets have exactly 0."""
-    M = targets.shape[0]
-    deltas, sums = np.empty((M, CHUNK), np.float64), np.empty(CHUNK, np.float64)
-    room = np.empty(CHUNK, np.float32)
+    M = inputs.addresses.size - 1
+    room, deltas, sums = np.empty((2, CHUNK), np.float32), np.empty((M, CHUNK), np.float64), np.empty(CHUNK, np.float64)
     scale = 1.0 / (M * M)
-    for start in range(0, base.size, CHUNK):
-        of_base, rank = base[start : start + CHUNK], ranks[start : start + CHUNK]
-        total, narrow = sums[: rank.size], room[: rank.size]
+    for start in range(0, ranks.size, CHUNK):
+        rank = ranks[start : start + CHUNK]
+        total, base, narrow = sums[: rank.size], room[0, : rank.size], room[1, : rank.size]
         bits = narrow.view(np.uint32)
         total[:] = 0.0
+        load(inputs, 0, start, base)
         for j in range(M):
-            target, delta = targets[j, start : start + CHUNK], deltas[j]
-            for i in range(of_base.size):
-                delta[i] = np.float64(target[i] - of_base[i])
+            load_delta(inputs, j, start, base, narrow)
+            delta = deltas[j]
+            for i in range(narrow.size):
+                delta[i] = np.float64(narrow[i])
         for j in range(M):
             one = deltas[j, : rank.size]
             for k in range(j + 1, M):
@@ -173,16 +174,16 @@ def _variance(base: Floats, targets: Floats, ranks: Ranks) -> None:
             rank[i] = bits[i]
 
 
-@njit(cache=True, nogil=True)
-def _magnitudes(base: Floats, targets: Floats, ranks: Ranks) -> None:
-    room = np.empty(CHUNK, np.float32)
-    for start in range(0, base.size, CHUNK):
-        of_base = base[start : start + CHUNK]
-        delta = room[: of_base.size]
+@njit(cache=True, nogil=True, error_model="numpy")
+def _magnitudes(inputs: Inputs, ranks: Ranks) -> None:
+    room = np.empty((2, CHUNK), np.float32)
+    for start in range(0, ranks.shape[1], CHUNK):
+        count = min(CHUNK, ranks.shape[1] - start)
+        base, delta = room[0, :count], room[1, :count]
         bits = delta.view(np.uint32)
-        for j in range(targets.shape[0]):
-            target, rank = targets[j, start : start + CHUNK], ranks[j, start : start + CHUNK]
-            for i in range(delta.size):
-                delta[i] = target[i] - of_base[i]
-            for i in range(delta.size):
+        load(inputs, 0, start, base)
+        for j in range(ranks.shape[0]):
+            load_delta(inputs, j, start, base, delta)
+            rank = ranks[j, start : start + CHUNK]
+            for i in range(rank.size):
                 rank[i] = bits[i] & _ABSOLUTE

@@ -51,7 +51,7 @@ def combination(coefficients: Weights, *, add_to_base: bool) -> TensorMerge:
     narrow = as_float32(coefficients)
     apply: Callable[[Block, Floats], None]
     if add_to_base:
-        apply = lambda block, out: add_weighted_deltas(block.base, block.targets, narrow, out)  # noqa: E731
+        apply = lambda block, out: add_weighted_deltas(block.inputs, narrow, out)  # noqa: E731
     else:
-        apply = lambda block, out: sum_weighted(block.targets, narrow, out)  # noqa: E731
+        apply = lambda block, out: sum_weighted(block.inputs, narrow, out)  # noqa: E731
     return TensorMerge(coefficients, apply)

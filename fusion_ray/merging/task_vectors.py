@@ -36,7 +36,7 @@ def merge_task_vectors(
     weights = applied_weights(weight, elect=elect, normalize=normalize, scale=scale)
     if thin is None and not elect:
         narrow = as_float32(weights)
-        return TensorMerge(weights, lambda block, out: add_weighted_deltas(block.base, block.targets, narrow, out))
+        return TensorMerge(weights, lambda block, out: add_weighted_deltas(block.inputs, narrow, out))
     scratch = Scratch(np.float32)
     wide = np.asarray(weight if elect else weights, np.float64)
 

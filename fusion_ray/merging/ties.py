@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from fusion_ray.merging.blocks import Block, Blocks, Floats, TensorMerge, Weights
+from fusion_ray.merging.blocks import CHUNK, Block, Blocks, Floats, Inputs, TensorMerge, Weights
+from fusion_ray.merging.kernels import load, load_delta
 from fusion_ray.merging.selection import EVERYTHING, Ranked, as_arrays, rank_magnitudes, select_top
 from fusion_ray.merging.task_vectors import Thin, merge_task_vectors
 
@@ -38,7 +39,7 @@ def trim(blocks: Blocks, density: Weights) -> Thin | None:
     thresholds, remaining = as_arrays(selections)
 
     def thin(block: Block, deltas: Floats) -> None:
-        keep_largest(block.base, block.targets, thresholds, remaining, deltas)
+        keep_largest(block.inputs, thresholds, remaining, deltas)
 
     return thin
 
@@ -50,33 +51,35 @@ def kept_of(density: float, size: int) -> int:
 
 @njit(cache=True, nogil=True)
 def keep_largest(
-    base: Floats,
-    targets: Floats,
+    inputs: Inputs,
     thresholds: npt.NDArray[np.int64],
     remaining: npt.NDArray[np.int64],
     deltas: Floats,
 ) -> None:
     """deltas = the task vectors where their magnitude's bits are above the threshold, or equal to it while ties `remaining` last; else 0."""
-    for j in range(targets.shape[0]):
-        target, delta = targets[j], deltas[j]
-        bits = delta.view(np.uint32)
-        for i in range(base.size):
-            delta[i] = target[i] - base[i]
-        if thresholds[j] < 0:
-            continue
-        least, left = np.uint32(thresholds[j]), remaining[j]
-        equal = np.int64(0)
-        for i in range(bits.size):
-            rank = bits[i] & np.uint32(0x7FFFFFFF)
-            equal += rank == least
-            bits[i] = bits[i] if rank >= least else np.uint32(0)
-        if equal <= left:
-            remaining[j] = left - equal
-            continue
-        for i in range(bits.size):
-            if bits[i] & np.uint32(0x7FFFFFFF) == least:
-                if left == 0:
-                    bits[i] = np.uint32(0)
-                else:
-                    left -= 1
-        remaining[j] = left
+    room = np.empty(CHUNK, np.float32)
+    for start in range(0, deltas.shape[1], CHUNK):
+        base = room[: min(CHUNK, deltas.shape[1] - start)]
+        load(inputs, 0, start, base)
+        for j in range(deltas.shape[0]):
+            delta = deltas[j, start : start + CHUNK]
+            bits = delta.view(np.uint32)
+            load_delta(inputs, j, start, base, delta)
+            if thresholds[j] < 0:
+                continue
+            least, left = np.uint32(thresholds[j]), remaining[j]
+            equal = np.uint32(0)
+            for i in range(bits.size):
+                rank = bits[i] & np.uint32(0x7FFFFFFF)
+                equal += np.uint32(rank == least)
+                bits[i] = bits[i] if rank >= least else np.uint32(0)
+            if equal <= left:
+                remaining[j] = left - equal
+                continue
+            for i in range(bits.size):
+                if bits[i] & np.uint32(0x7FFFFFFF) == least:
+                    if left == 0:
+                        bits[i] = np.uint32(0)
+                    else:
+                        left -= 1
+            remaining[j] = left

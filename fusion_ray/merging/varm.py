@@ -15,9 +15,9 @@ from collections.abc import Mapping
 import numpy as np
 from numba import njit
 
-from fusion_ray.merging.blocks import CHUNK, Blocks, Floats, TensorMerge, Weights, shares
+from fusion_ray.merging.blocks import CHUNK, Blocks, Floats, Inputs, TensorMerge, Weights, shares
 from fusion_ray.merging.changes import Changes
-from fusion_ray.merging.kernels import add_weighted_deltas, as_float32
+from fusion_ray.merging.kernels import add_weighted_deltas, as_float32, load, load_delta
 from fusion_ray.merging.names import unit_of
 
 
@@ -67,13 +67,13 @@ def varm(
             raise ValueError(
                 "varm: `temperature` goes with the granularities matrix, layer and model, not with parameter"
             )
-        return TensorMerge(None, lambda block, out: _merge_elements(block.base, block.targets, square, out))
+        return TensorMerge(None, lambda block, out: _merge_elements(block.inputs, square, out))
     if weights is None:
         raise ValueError(
             f"varm at {granularity} granularity needs the tensor's weights: compute them with varm_weights"
         )
     narrow = as_float32(weights)
-    return TensorMerge(weights, lambda block, out: add_weighted_deltas(block.base, block.targets, narrow, out))
+    return TensorMerge(weights, lambda block, out: add_weighted_deltas(block.inputs, narrow, out))
 
 
 def _tempered(ratios: Weights, temperature: float | None) -> Weights:
@@ -84,21 +84,24 @@ def _tempered(ratios: Weights, temperature: float | None) -> Weights:
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _merge_elements(base: Floats, targets: Floats, square: bool, out: Floats) -> None:
+def _merge_elements(inputs: Inputs, square: bool, out: Floats) -> None:
     """Weights in float64, where the square of the smallest float32 is not zero; where nobody moved every delta is zero, whatever its weight."""
     amounts, totals = np.empty(CHUNK, np.float64), np.empty(CHUNK, np.float64)
+    room = np.empty((2, CHUNK), np.float32)
     for start in range(0, out.size, CHUNK):
-        of_base, merged = base[start : start + CHUNK], out[start : start + CHUNK]
+        merged = out[start : start + CHUNK]
+        base, apart = room[0, : merged.size], room[1, : merged.size]
         amount, total = amounts[: merged.size], totals[: merged.size]
         amount[:] = 0.0
         total[:] = 0.0
-        for j in range(targets.shape[0]):
-            target = targets[j, start : start + CHUNK]
+        load(inputs, 0, start, base)
+        for j in range(inputs.addresses.size - 1):
+            load_delta(inputs, j, start, base, apart)
             for i in range(amount.size):
-                delta = np.float64(target[i] - of_base[i])
+                delta = np.float64(apart[i])
                 size = delta * delta if square else abs(delta)
                 amount[i] += size
                 total[i] += size * delta
         for i in range(amount.size):
             moved = total[i] / amount[i] if amount[i] > 0.0 else 0.0
-            merged[i] = np.float32(np.float64(of_base[i]) + moved)
+            merged[i] = np.float32(np.float64(base[i]) + moved)

@@ -170,7 +170,7 @@ def _merge_tensor(
     for block in blocks:
         merged = room.output.take(1, block.size)[0]
         ready.apply(block, merged)
-        stored, found = caster.cast(merged, block.base, tensor.dtype)
+        stored, found = caster.cast(merged, block, tensor.dtype)
         if found.odd:
             raise out_of_range(tensor)
         writer.write(tensor.name, block.start, stored)
@@ -224,7 +224,8 @@ def _tensors_side_by_side(
     """`work` on every tensor of the unit in as many threads as the models say, the results in the unit's order. An error stops the rest."""
     readers = ThreadPoolExecutor(models.threads, "read")
     allocate = device.allocate if device else plain_memory
-    rooms = [Room(models.max_bytes_in_flight // models.threads, readers, allocate) for _ in range(models.threads)]
+    bound, maps = models.max_bytes_in_flight // models.threads, device is None
+    rooms = [Room(bound, readers, allocate, maps=maps) for _ in range(models.threads)]
 
     def do(tensor: PlannedTensor) -> Result:
         room = rooms.pop()

@@ -1,6 +1,7 @@
-"""The blocks of one output tensor, read from the models' files: in windows of many blocks, the next one being read while the last is computed.
+"""The blocks of one output tensor, from the models' files: in windows of many blocks, the next one being read while the last is computed.
 
-A tensor that fits one window is read once, however often a merge method goes over it. Called by `merger.py`.
+Files of this machine are mapped: nothing is copied, and what was read once stays where the machine has memory for it. Others are read into memory of our own,
+where a tensor that fits one window is read once, however often a merge method goes over it. Called by `merger.py`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,12 +12,11 @@ import numpy.typing as npt
 
 from fusion_ray.checkpoints.dtypes import ITEM_BYTES, NUMPY_DTYPES
 from fusion_ray.checkpoints.errors import MergeError
-from fusion_ray.checkpoints.floats import widen
 from fusion_ray.checkpoints.reader import Checkpoint
-from fusion_ray.merging.blocks import CHUNK, Block, Scratch
+from fusion_ray.merging.blocks import CHUNK, Block, Scratch, widen
 from fusion_ray.merging.recipe import TensorRecipe
 
-BLOCK = 1 << 16  # elements: a block of every model and what is computed of it stay in the cache of a core
+BLOCK = 1 << 17  # elements: what is computed of a block stays in the cache of a core
 _WINDOWS = 2
 _WIDEST = 8  # bytes of an element
 _LARGEST_WINDOW = 32 << 20  # bytes: larger ones read no faster, and the first must come before anything is computed
@@ -36,14 +36,21 @@ class Room:
     """Memory of one thread, used again for one tensor after the other: fresh memory costs more than the loops that fill it."""
 
     def __init__(
-        self, bound: int, readers: Executor, allocate: Callable[[int], npt.NDArray[np.uint8]] = plain_memory
+        self,
+        bound: int,
+        readers: Executor,
+        allocate: Callable[[int], npt.NDArray[np.uint8]] = plain_memory,
+        *,
+        maps: bool = True,
     ) -> None:
         self.readers = readers
+        self.maps = maps  # files where they can be; else all are read into memory that `allocate` gives
         self._bound = bound
         self._allocate = allocate
         self._windows: list[npt.NDArray[np.uint8]] = [np.empty(0, np.uint8)] * _WINDOWS
-        self.floats = Scratch(np.float32)
+        self.floats, self.widened = Scratch(np.float32), Scratch(np.float32)
         self.output = Scratch(np.float32)
+        self.kept = Scratch(np.uint32)
 
     def block_size(self, models: int, unit: int) -> int:
         """Elements of a block: a multiple of `unit`, within a quarter of the bound. Raises MergeError where a unit alone is too large."""
@@ -99,22 +106,29 @@ class TensorBlocks:
         self.size = info.size
         self.row = info.shape[-1] if info.shape else 1
         self.targets = len(targets)
-        self.spare = room.spare
+        self.spare, self.kept = room.spare, room.kept
         self._block = room.block_size(len(self._inputs), self.row if whole_rows else CHUNK)
         self._window = room.window_size(sum(ITEM_BYTES[dtype] for dtype in self.dtypes), self._block)
 
     def __iter__(self) -> Iterator[Block]:
+        as_it_is = set(self.dtypes) in ({"F32"}, {"BF16"})  # what compiled loops take; others are made float32
+        order = [self.reference, *range(self.first_target, len(self._inputs))]
         for start, stored in self.windows():
-            size = stored[0].size
-            for at in range(0, size, self._block):
-                count = min(self._block, size - at)
-                floats = self.room.floats.take(len(self._inputs), count)
-                for row, (values, dtype) in enumerate(zip(stored, self.dtypes, strict=True)):
-                    widen(values[at : at + count], dtype, floats[row])
-                yield Block(start + at, floats[self.reference], floats[self.first_target :])
+            for at in range(0, stored[0].size, self._block):
+                values = [stored[number][at : at + self._block] for number in order]
+                yield Block(start + at, values if as_it_is else self._floats(values), self.room.floats)
+
+    def _floats(self, stored: Sequence[npt.NDArray[np.generic]]) -> Sequence[npt.NDArray[np.generic]]:
+        floats = self.room.widened.take(len(stored), stored[0].size)
+        for values, row in zip(stored, floats, strict=True):
+            widen(values, row)
+        return list(floats)
 
     def windows(self) -> Iterator[tuple[int, list[npt.NDArray[np.generic]]]]:
         """(first element, the stored elements of every input), window after window; the arrays may be overwritten when the next is asked for."""
+        if self._maps():
+            yield from self._mapped_windows()
+            return
         if self._window >= self.size:
             if not self._resident:
                 self._read(0, 0)
@@ -129,6 +143,21 @@ class TensorBlocks:
             if number + 1 < len(starts):
                 coming = self.room.readers.submit(self._read, (number + 1) % _WINDOWS, starts[number + 1])
             yield start, self._arrays(turn, min(self._window, self.size - start))
+
+    def _maps(self) -> bool:
+        return self.room.maps and all(model.mapped(name, 0, 0) is not None for model, name in self._inputs)
+
+    def _mapped_windows(self) -> Iterator[tuple[int, list[npt.NDArray[np.generic]]]]:
+        for start in range(0, self.size, self._window):
+            stop = min(start + self._window, self.size)
+            if stop < self.size:
+                self.room.readers.submit(self._expect, stop, min(stop + self._window, self.size))
+            found = [model.mapped(name, start, stop) for model, name in self._inputs]
+            yield start, [values for values in found if values is not None]
+
+    def _expect(self, start: int, stop: int) -> None:
+        for model, name in self._inputs:
+            model.expect(name, start, stop)
 
     def _arrays(self, turn: int, count: int) -> list[npt.NDArray[np.generic]]:
         """One after the other in the window's memory, the widest types first in their own alignment."""

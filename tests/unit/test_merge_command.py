@@ -428,16 +428,16 @@ def test_interrupted_by_its_user(tmp_path: Path, capsys: Capture, monkeypatch: P
 def measured(monkeypatch: Patch) -> list[str]:
     """The models that the first passes have read, in their order."""
     found: list[str] = []
-    read_into, measure_shard = Checkpoint.read_into, merge_units.measure_shard
+    mapped, measure_shard = Checkpoint.mapped, merge_units.measure_shard
 
     def measure(*arguments, **named):  # type: ignore[no-untyped-def]
-        def read(model: Checkpoint, name: str, *others: object) -> None:
+        def read(model: Checkpoint, name: str, start: int, stop: int) -> object:
             if model.model not in found:
                 found.append(model.model)
-            read_into(model, name, *others)  # type: ignore[arg-type]
+            return mapped(model, name, start, stop)
 
         with monkeypatch.context() as patched:
-            patched.setattr(Checkpoint, "read_into", read)
+            patched.setattr(Checkpoint, "mapped", read)
             return measure_shard(*arguments, **named)
 
     monkeypatch.setattr(merge_units, "measure_shard", measure)

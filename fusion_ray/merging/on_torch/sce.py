@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fusion_ray.merging.blocks import Weights
 from fusion_ray.merging.on_torch.blocks import Piece, TorchBlocks, TorchMerge
-from fusion_ray.merging.on_torch.selection import EVERYTHING, Selected, rank_all, rank_variance, select_top
+from fusion_ray.merging.on_torch.selection import EVERYTHING, rank_all, rank_variance, select_top
 from fusion_ray.merging.on_torch.sums import chunk_sums, total_of
 from fusion_ray.merging.on_torch.task_vectors import add_elected
 from fusion_ray.merging.sce import SMALLEST, check_variant, eta_of, least_divisor
@@ -18,30 +18,34 @@ def sce(blocks: TorchBlocks, weights: Weights | None, *, variant: str, select_to
     if select_topk < 1:
         ranks = rank_all(blocks, rank_variance)
         selected = select_top(ranks, int(select_topk * int(ranks.count_nonzero())))
+
+    def mask_of(piece: Piece) -> Tensor | None:
+        return None if ranks is None else selected.mask(ranks[piece.start : piece.start + piece.size], piece.start)
+
     squares = []
     for piece in blocks:
-        deltas = _selected(piece, ranks, selected)
+        deltas = _selected(piece, mask_of(piece))
         squares.append(chunk_sums(deltas, deltas))
     eta = eta_of(total_of(squares).tolist(), blocks.size, variant)
     everyone = (1.0,) * blocks.targets
 
     def apply(piece: Piece) -> Tensor:
+        mask = None if variant == "fusechat_release" else mask_of(piece)
+        deltas = _selected(piece, mask)
         if variant == "paper":
-            return _add_unopposed(piece.base, _selected(piece, ranks, selected), eta)
-        deltas = piece.deltas if variant == "fusechat_release" else _selected(piece, ranks, selected)
-        return add_elected(
-            piece.base, deltas, everyone, eta, one_below=SMALLEST, least=least_divisor(variant), scale=1.0
-        )
+            merged = _add_unopposed(piece.base, deltas, eta)
+        else:
+            merged = add_elected(
+                piece.base, deltas, everyone, eta, one_below=SMALLEST, least=least_divisor(variant), scale=1.0
+            )
+        return merged if mask is None else torch.where(mask, merged, piece.base)
 
     return TorchMerge(eta, apply)
 
 
-def _selected(piece: Piece, ranks: Tensor | None, selected: Selected) -> Tensor:
+def _selected(piece: Piece, mask: Tensor | None) -> Tensor:
     """dhat (M, p)."""
-    if ranks is None:
-        return piece.deltas
-    mask = selected.mask(ranks[piece.start : piece.start + piece.size], piece.start)
-    return torch.where(mask, piece.deltas, 0.0)
+    return piece.deltas if mask is None else torch.where(mask, piece.deltas, 0.0)
 
 
 def _add_unopposed(base: Tensor, deltas: Tensor, eta: Weights) -> Tensor:

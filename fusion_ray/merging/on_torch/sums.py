@@ -1,7 +1,7 @@
 """Sums of floats on a torch device with the bits of the compiled loops, and what is made of them: `kernels.dot`, `gram.py` and `changes.py` for this folder.
 
 torch adds up in an order of its own, which differs between devices. Here products (exact in float64) are added over LANES side by side, row after row, then the
-lanes in order, all by additions of whole tensors; sums of chunks go to the host, where they are added up exactly. Called by the methods and the merge worker.
+lanes folded, all by additions of whole tensors; sums of chunks go to the host, where they are added up exactly. Called by the methods and the merge worker.
 """
 
 import numpy as np
@@ -23,10 +23,10 @@ def row_sums(first: Tensor, second: Tensor) -> Tensor:
     lanes = torch.zeros((*shape, LANES), dtype=torch.float64, device=one.device)
     for at in range(one.shape[-2]):
         lanes += one[..., at, :].double() * other[..., at, :].double()
-    total = torch.zeros_like(lanes[..., 0])
-    for lane in range(LANES):
-        total += lanes[..., lane]
-    return total
+    while lanes.shape[-1] > 1:
+        lower, upper = lanes.chunk(2, dim=-1)
+        lanes = lower + upper
+    return lanes[..., 0]
 
 
 def chunk_sums(first: Tensor, second: Tensor) -> Tensor:
