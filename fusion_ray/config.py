@@ -25,7 +25,8 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    # Built when first used, which a command that takes no run's config never does.
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), defer_build=True)
 
 
 class RunConfig(Section):
@@ -174,7 +175,9 @@ class MergeMethod(Section):
 
 class MergeConfig(Section):
     methods: tuple[MergeMethod, ...] = Field(
-        (MergeMethod(method="varm"),), min_length=1, description="the first one is the model that is served"
+        default_factory=lambda: (MergeMethod(method="varm"),),
+        min_length=1,
+        description="the first one is the model that is served",
     )
     dtype: Literal["float32", "bfloat16", "float16", "pivot"] = "pivot"
     max_bytes_in_flight: int = Field(1 << 30, ge=1 << 16)
@@ -252,26 +255,26 @@ class ResourcesConfig(Section):
     num_cpus: int | None = Field(None, ge=1, description="logical CPUs of the local cluster; default: the machine's")
     object_store_gb: float = Field(1.0, gt=0.07)
     branches: int = Field(2, ge=1, description="stages of different branches that may run side by side")
-    teach: WorkerResources = WorkerResources()
-    align: WorkerResources = WorkerResources()
-    distill: WorkerResources = WorkerResources()
-    merge: WorkerResources = WorkerResources()
-    serve: WorkerResources = WorkerResources()
-    evaluate: WorkerResources = WorkerResources()
+    teach: WorkerResources = Field(default_factory=WorkerResources)
+    align: WorkerResources = Field(default_factory=WorkerResources)
+    distill: WorkerResources = Field(default_factory=WorkerResources)
+    merge: WorkerResources = Field(default_factory=WorkerResources)
+    serve: WorkerResources = Field(default_factory=WorkerResources)
+    evaluate: WorkerResources = Field(default_factory=WorkerResources)
 
 
 class FusionConfig(Section):
-    run: RunConfig = RunConfig()
+    run: RunConfig = Field(default_factory=RunConfig)
     pivot: PivotConfig
     sources: tuple[ModelConfig, ...] = Field(min_length=1)
     corpus: CorpusConfig
-    teach: TeachConfig = TeachConfig()
-    align: AlignConfig = AlignConfig()
-    distill: DistillConfig = DistillConfig()
-    merge: MergeConfig = MergeConfig()
-    serve: ServeConfig = ServeConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    resources: ResourcesConfig = ResourcesConfig()
+    teach: TeachConfig = Field(default_factory=TeachConfig)
+    align: AlignConfig = Field(default_factory=AlignConfig)
+    distill: DistillConfig = Field(default_factory=DistillConfig)
+    merge: MergeConfig = Field(default_factory=MergeConfig)
+    serve: ServeConfig = Field(default_factory=ServeConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
 
     @model_validator(mode="after")
     def _names_differ(self) -> "FusionConfig":

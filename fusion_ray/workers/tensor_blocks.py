@@ -16,7 +16,7 @@ from fusion_ray.checkpoints.reader import Checkpoint
 from fusion_ray.merging.blocks import CHUNK, Block, Scratch, widen
 from fusion_ray.merging.recipe import TensorRecipe
 
-BLOCK = 1 << 17  # elements: what is computed of a block stays in the cache of a core
+BLOCK = 1 << 18  # elements: what is computed of a block stays in the cache of a core
 _WINDOWS = 2
 _WIDEST = 8  # bytes of an element
 _LARGEST_WINDOW = 32 << 20  # bytes: larger ones read no faster, and the first must come before anything is computed
