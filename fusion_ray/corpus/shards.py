@@ -7,8 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fusion_ray.corpus.readers import Rejected
-from fusion_ray.records import Conversation, Message
-from fusion_ray.schemas import CONVERSATION_SCHEMA, REJECTED_SCHEMA
+from fusion_ray.records import CONVERSATION_SCHEMA, REJECTED_SCHEMA, Conversation, Message
 
 REJECTED = "rejected.parquet"
 

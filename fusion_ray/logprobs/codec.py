@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fusion_ray.schemas import teacher_schema, top_k_of
+from fusion_ray.records import teacher_schema, top_k_of
 
 _SPLIT = ("topk_logprobs", "label_logprob")
 _PLAIN = ("ids", "position", "byte_start", "byte_end")

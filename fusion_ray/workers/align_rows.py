@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from fusion_ray.alignment.methods import Aligned
 from fusion_ray.alignment.positions import Positions
-from fusion_ray.schemas import aligned_schema, top_k_of
+from fusion_ray.records import aligned_schema, top_k_of
 
 ZSTD_LEVEL = 3  # half the time of level 9 for 2 to 4% more bytes (SentencePiece against Tekken, K = 10)
 ENCODINGS = {"position": "DELTA_BINARY_PACKED", "topk_logprobs": "BYTE_STREAM_SPLIT"}

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from fusion_ray.schemas import top_k_of
+from fusion_ray.records import top_k_of
 
 PLAIN = ("id", "ids", "position")
 TARGETS = ("has_target", "from_source", "topk_ids", "topk_logprobs")

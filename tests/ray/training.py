@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fusion_ray.config import DistillConfig
-from fusion_ray.schemas import aligned_schema
+from fusion_ray.records import aligned_schema
 
 ROOT = Path(__file__).parents[2]
 K = 4

@@ -25,7 +25,7 @@ LEVELS = {
     "cli": 8,
 }
 # What a PURE package may import: arrays and arithmetic. No files, no clock, no logging, no global randomness, no collectives.
-PURE_THIRD_PARTY = {"numpy", "numba", "torch", "pyarrow", "rapidfuzz"}
+PURE_THIRD_PARTY = {"numpy", "numba", "llvmlite", "torch", "pyarrow", "rapidfuzz"}
 PURE_FORBIDDEN_STDLIB = set(
     """asyncio datetime glob http logging multiprocessing os pathlib pickle random secrets shelve shutil signal socket sqlite3 subprocess sys
     tempfile threading time urllib uuid""".split()  # noqa: SIM905  # a list of twenty quoted words is harder to read

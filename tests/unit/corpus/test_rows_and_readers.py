@@ -12,8 +12,7 @@ from fusion_ray.corpus.ingest import ingest
 from fusion_ray.corpus.readers import Rejected, read_conversations
 from fusion_ray.corpus.rows import RowError, parse_row
 from fusion_ray.corpus.shards import REJECTED, decode_conversations, decode_rejected
-from fusion_ray.records import Conversation, Message
-from fusion_ray.schemas import CONVERSATION_SCHEMA
+from fusion_ray.records import CONVERSATION_SCHEMA, Conversation, Message
 from fusion_ray.store import Artifact, Store
 
 SHAREGPT = {"id": "a", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fusion_ray.logprobs.codec import TeacherRow, decode, encode, from_table, to_table
 from fusion_ray.logprobs.flat import CorruptLogprobsError, from_flat
 from fusion_ray.logprobs.tail import log_mass, renormalise, tail_mass, with_tail
-from fusion_ray.schemas import teacher_schema
+from fusion_ray.records import teacher_schema
 
 PROMPT = [7, 8, 9]
 FLAT_IDS = [8, 3, 8, 9, 1, 2]

@@ -17,8 +17,7 @@ from fusion_ray.alignment.explain import side_by_side
 from fusion_ray.config import AlignConfig, ConfigError
 from fusion_ray.corpus.template import UnlocatedError
 from fusion_ray.logprobs.codec import TeacherRow, encode, to_table
-from fusion_ray.records import MatchKind
-from fusion_ray.schemas import aligned_schema, top_k_of
+from fusion_ray.records import MatchKind, aligned_schema, top_k_of
 from fusion_ray.workers.align_setup import vocabulary_of
 from fusion_ray.workers.aligner import Aligner
 from tests.teaching import made_up_rows

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fusion_ray.schemas import aligned_schema, teacher_schema
+from fusion_ray.records import aligned_schema, teacher_schema
 from fusion_ray.workers.rows import Rows
 
 _spec = importlib.util.spec_from_file_location("training", Path(__file__).parents[2] / "ray" / "training.py")
