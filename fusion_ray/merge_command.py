@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ from fusion_ray.checkpoints.files import files_of
 from fusion_ray.checkpoints.plan import WorkUnit
 from fusion_ray.config import ConfigError, ModelConfig, is_url
 from fusion_ray.merge_folder import claim, held, let_go, tidy
+from fusion_ray.merge_folder import replace as replace_merge
 from fusion_ray.merge_recipe import Recipe
 from fusion_ray.merge_yaml import load_recipe, resolved_yaml
 from fusion_ray.models import fingerprint_model, local_folder
@@ -85,7 +87,12 @@ def merge_file(
         try:
             job = replace(job, device=choose_device(device))
             manifest = run_merge(
-                folder, job, spread=_spread(report), report=lambda figures: None, statistics=_statistics(prints)
+                folder,
+                job,
+                spread=_spread(report),
+                report=lambda figures: None,
+                statistics=_statistics(prints),
+                replace=partial(replace_merge, folder) if folder.sealed else None,
             )
         except ValueError:
             let_go(folder)

@@ -57,7 +57,10 @@ def held(folder: Artifact) -> Iterator[None]:
 
 
 def claim(folder: Artifact, *, overwrite: bool) -> bool:
-    """Make the folder, which is held, ready for this merge; True where it holds it already, whole. Raises ConfigError where it holds something else."""
+    """Make the folder, which is held, ready for this merge; True where it holds it already, whole. Raises ConfigError where it holds something else.
+
+    A whole merge that is to be overwritten stays until `replace`: models that do not merge are found by reading all of them.
+    """
     names = folder.names()
     key, made = _owner(folder, names)
     if names and key is None:
@@ -65,7 +68,13 @@ def claim(folder: Artifact, *, overwrite: bool) -> bool:
             f"{folder.path()} is not empty and holds no merge of this program: give a new folder, or empty it yourself"
         )
     if overwrite:
-        _clear(folder, names, made)
+        _check_own(folder, names, made)
+        for name in (STATISTICS, REUSED, MARK):
+            folder.remove(name)
+        if folder.sealed:
+            _remove_leftovers(folder, names)
+            return False
+        _clear(folder, made)
     elif key == folder.key and folder.sealed:
         _check_whole(folder)
         tidy(folder)
@@ -79,6 +88,13 @@ def claim(folder: Artifact, *, overwrite: bool) -> bool:
     return False
 
 
+def replace(folder: Artifact) -> None:
+    """Remove the whole merge that was left, if one was, and begin this one."""
+    if folder.sealed:
+        _clear(folder, {unit.name for unit in folder.manifest().units})
+        folder.write_json(MARK, {"key": folder.key})
+
+
 def tidy(folder: Artifact) -> None:
     """Remove what a finished merge needs no more."""
     for name in _OF_A_RUN:
@@ -86,8 +102,11 @@ def tidy(folder: Artifact) -> None:
 
 
 def let_go(folder: Artifact) -> None:
-    """Models that do not merge leave nothing behind, unless shards were made before."""
-    if not any(fnmatch(name, _SHARDS) for name in folder.names()):
+    """Models that do not merge leave nothing behind, unless shards were made before, of this merge or of the one that was to be overwritten."""
+    if folder.sealed:
+        folder.remove(STATISTICS)
+        folder.remove(REUSED)
+    elif not any(fnmatch(name, _SHARDS) for name in folder.names()):
         tidy(folder)
 
 
@@ -107,8 +126,8 @@ def _owner(folder: Artifact, names: Sequence[str]) -> tuple[str | None, set[str]
     return None, set()
 
 
-def _clear(folder: Artifact, names: Sequence[str], made: set[str]) -> None:
-    """Raises ConfigError, before anything is removed, where there are other people's files."""
+def _check_own(folder: Artifact, names: Sequence[str], made: set[str]) -> None:
+    """Raises ConfigError where there are other people's files."""
     others = [
         name
         for name in names
@@ -119,6 +138,9 @@ def _clear(folder: Artifact, names: Sequence[str], made: set[str]) -> None:
         raise ConfigError(
             f"{folder.path()} holds files that no merge of this program made ({', '.join(others[:3])}{more}): move them elsewhere, or give a new folder"
         )
+
+
+def _clear(folder: Artifact, made: set[str]) -> None:
     for name in (*sorted(made), STATISTICS, REUSED, UNITS, MANIFEST):
         folder.remove(name)
 

@@ -55,19 +55,23 @@ def run_merge(
     spread: Spread,
     report: Report,
     statistics: Statistics = lambda reference, target: None,
+    replace: Callable[[], None] | None = None,
 ) -> Manifest:
     """Merge into the artefact and seal it: a plain Hugging Face model folder and `merge_report.json`.
 
-    Targets whose `statistics` are there are not measured again; the others' are left there.
+    Targets whose `statistics` are there are not measured again; the others' are left there. `replace` removes another merge that the artefact holds; it is
+    called when nothing stands in the way of this one.
     Raises MergeError, before anything is written, for models that do not merge; ValueError for parameters the method does not take.
     """
-    if out.sealed:
+    if out.sealed and replace is None:
         return out.manifest()
     models, plan = check_job(job)
     _check_room(out, plan.units)
 
     done = _Progress(report, 2 * len(plan.units))
     changes = _measured(out, job, models, plan, spread, done, statistics)
+    if replace is not None:
+        replace()
     weights = _weights(plan, changes)
     unmerged = [unit for unit in plan.units if out.unit(unit.file) is None]
     done.skip(len(plan.units) - len(unmerged))
@@ -204,7 +208,10 @@ def _finish(out: Artifact, job: MergeJob, models: Models, plan: MergePlan, chang
 
 
 def _check_room(out: Artifact, units: Sequence[WorkUnit]) -> None:
-    """Room for what is not there yet; a shard is written beside its place and renamed."""
-    missing = sum(unit.bytes for unit in units if out.unit(unit.file) is None)
-    if missing and out.is_local:
+    """Room for what is not there yet, less what another merge there will give back; a shard is written beside its place and renamed."""
+    if out.sealed:
+        missing = sum(unit.bytes for unit in units) - sum(unit.bytes for unit in out.manifest().units)
+    else:
+        missing = sum(unit.bytes for unit in units if out.unit(unit.file) is None)
+    if missing > 0 and out.is_local:
         check_free_space(out.path(), missing)

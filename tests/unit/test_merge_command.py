@@ -238,6 +238,26 @@ def test_models_that_do_not_merge_leave_the_merge_that_was_there(tmp_path: Path,
     assert snapshot(out) == before
 
 
+def test_numbers_that_do_not_merge_leave_the_merge_that_was_there(tmp_path: Path, capsys: Capture) -> None:
+    """Found by reading the whole model."""
+    write_models(tmp_path, "base", "maths", "poems")
+    tensors = moved(random_tensors(0, rows=300, width=32), 1)
+    name = max(tensors)
+    tensors[name].view(-1)[-1] = float("nan")
+    write_model(tmp_path / "poems", tensors)
+    out = tmp_path / "out"
+    merge(varm_of(tmp_path, "maths"), out)
+    before = snapshot(out)
+    code, _, err = command(capsys, varm_of(tmp_path, "maths", "poems"), out, *SMALL, "--overwrite")
+    assert code == 1
+    assert f"tensor {name!r}" in err
+    assert snapshot(out) == before
+    write_model(tmp_path / "poems", moved(random_tensors(0, rows=300, width=32), 1))
+    assert command(capsys, varm_of(tmp_path, "maths", "poems"), out, *SMALL, "--overwrite")[0] == 0
+    assert is_whole(out)
+    assert snapshot(out) != before
+
+
 @pytest.mark.parametrize("place", ["maths", "maths/merged", "."])
 def test_a_model_is_not_merged_into_itself(tmp_path: Path, capsys: Capture, place: str) -> None:
     """Merges of merges: with --overwrite the model would be gone before it is read."""
