@@ -9,8 +9,10 @@ Legend of letters: N predicting positions of a row, K top-k, T tokens of a row.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
-import pyarrow as pa
+if TYPE_CHECKING:  # else by the functions that use it: much that needs records needs no Arrow
+    import pyarrow as pa
 
 # How workers and stages tell their progress: {"done": 3, "total": 8, "unit": "shards", ...figures}. They never print.
 Report = Callable[[Mapping[str, object]], None]
@@ -50,35 +52,41 @@ class MatchKind(IntEnum):
     NONE = 3  # the source has no token there (its row was cut)
 
 
-CONVERSATION_SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field(
-            "messages",
-            pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())])),
-            nullable=False,
-        ),
-        pa.field("dataset", pa.string(), nullable=False),
-    ]
-)
+def conversation_schema() -> "pa.Schema":
+    import pyarrow as pa
 
-REJECTED_SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string()),  # "" where the row had none
-        pa.field("dataset", pa.string(), nullable=False),
-        pa.field("row", pa.int64(), nullable=False),  # line or row number in its file, from 1; 0 where unknown
-        pa.field("reason", pa.string(), nullable=False),
-    ]
-)
+    message = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())])
+    return pa.schema(
+        [
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("messages", pa.list_(message), nullable=False),
+            pa.field("dataset", pa.string(), nullable=False),
+        ]
+    )
 
 
-def teacher_schema(top_k: int) -> pa.Schema:
+def rejected_schema() -> "pa.Schema":
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            pa.field("id", pa.string()),  # "" where the row had none
+            pa.field("dataset", pa.string(), nullable=False),
+            pa.field("row", pa.int64(), nullable=False),  # line or row number in its file, from 1; 0 where unknown
+            pa.field("reason", pa.string(), nullable=False),
+        ]
+    )
+
+
+def teacher_schema(top_k: int) -> "pa.Schema":
     """One conversation under one model, in that model's own vocabulary. Lists of N entries; `topk_*` are flat lists of N * K.
 
     `position` i: the model, having read `ids[: i + 1]`, predicts `ids[i + 1]` (the label). `byte_start`, `byte_end`: the label's bytes within the UTF-8
     content of message number `message`; the position that predicts the end of a turn has byte_start == byte_end == the content's length.
     `topk_logprobs` and `label_logprob` are natural logarithms of normalised probabilities, so the tail mass is 1 - sum(exp(topk)).
     """
+    import pyarrow as pa
+
     return pa.schema(
         [
             pa.field("id", pa.string(), nullable=False),
@@ -95,12 +103,14 @@ def teacher_schema(top_k: int) -> pa.Schema:
     )
 
 
-def aligned_schema(top_k: int) -> pa.Schema:
+def aligned_schema(top_k: int) -> "pa.Schema":
     """One conversation in the pivot's tokens with the distribution that MinCE chose at each predicting position.
 
     `topk_logprobs` is -inf (and `topk_ids` 0) where fewer than K ids are known. `has_target` False: no distribution at this position (the loss falls
     back to the label). `from_source`: the distribution is the source's, projected; else the pivot's own.
     """
+    import pyarrow as pa
+
     return pa.schema(
         [
             pa.field("id", pa.string(), nullable=False),
@@ -124,7 +134,7 @@ def aligned_schema(top_k: int) -> pa.Schema:
     )
 
 
-def top_k_of(schema: pa.Schema) -> int:
+def top_k_of(schema: "pa.Schema") -> int:
     """The K that a shard was written with. Raises ValueError when the metadata is missing."""
     metadata = schema.metadata or {}
     value = metadata.get(b"fusion_ray.top_k")

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fusion_ray.corpus.readers import Rejected
-from fusion_ray.records import CONVERSATION_SCHEMA, REJECTED_SCHEMA, Conversation, Message
+from fusion_ray.records import Conversation, Message, conversation_schema, rejected_schema
 
 REJECTED = "rejected.parquet"
 
@@ -26,7 +26,7 @@ def encode_conversations(conversations: Sequence[Conversation]) -> bytes:
             ],
             "dataset": [conversation.dataset for conversation in conversations],
         },
-        schema=CONVERSATION_SCHEMA,
+        schema=conversation_schema(),
     )
     return _parquet(table)
 
@@ -43,8 +43,8 @@ def decode_conversations(data: bytes) -> list[Conversation]:
 
 
 def encode_rejected(rows: Sequence[Rejected]) -> bytes:
-    columns = {name: [getattr(row, name) for row in rows] for name in REJECTED_SCHEMA.names}
-    return _parquet(pa.table(columns, schema=REJECTED_SCHEMA))
+    columns = {name: [getattr(row, name) for row in rows] for name in rejected_schema().names}
+    return _parquet(pa.table(columns, schema=rejected_schema()))
 
 
 def decode_rejected(data: bytes) -> list[Rejected]:

@@ -12,7 +12,7 @@ from fusion_ray.corpus.ingest import ingest
 from fusion_ray.corpus.readers import Rejected, read_conversations
 from fusion_ray.corpus.rows import RowError, parse_row
 from fusion_ray.corpus.shards import REJECTED, decode_conversations, decode_rejected
-from fusion_ray.records import CONVERSATION_SCHEMA, Conversation, Message
+from fusion_ray.records import Conversation, Message, conversation_schema
 from fusion_ray.store import Artifact, Store
 
 SHAREGPT = {"id": "a", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
@@ -165,7 +165,7 @@ def test_ingest_writes_shards_and_keeps_what_it_rejects(tmp_path: Path) -> None:
     assert manifest.info == {"rows": 10, "rejected": 2, "shards": 3}
     rows = [row for n in range(3) for row in decode_conversations(out.read_bytes(f"shard-{n:05d}.parquet"))]
     assert [row.messages[1].content for row in rows] == [f"Answer {n}" for n in range(10)]
-    assert pq.read_schema(pa.BufferReader(out.read_bytes("shard-00000.parquet"))).equals(CONVERSATION_SCHEMA)
+    assert pq.read_schema(pa.BufferReader(out.read_bytes("shard-00000.parquet"))).equals(conversation_schema())
     assert [(row.dataset, row.row) for row in decode_rejected(out.read_bytes(REJECTED))] == [
         ("data.jsonl", 11),
         ("data.jsonl", 12),
