@@ -78,7 +78,9 @@ class AlignConfig(Section):
     duplicates: Literal["sum", "first"] = Field(
         "sum", description="source ids that meet on one pivot id; method fusechat keeps the first, as published"
     )
-    choose: Literal["min_ce", "source", "pivot"] = "min_ce"
+    choose: Literal["min_ce", "avg_ce", "source", "pivot"] = Field(
+        "min_ce", description="avg_ce: both teach, weighed by how well each tells the text (FuseLLM)"
+    )
     per: Literal["sequence", "token"] = "sequence"
     unit: Literal["byte", "token"] = "byte"
 
@@ -99,6 +101,10 @@ class AlignConfig(Section):
 
 class DistillConfig(Section):
     fusion: Literal["top_k", "none"] = Field("top_k", description="none: the SFT-only control")
+    branches: Literal["pairwise", "all"] = Field(
+        "pairwise",
+        description="a target for each source, or one (named all) that has of each conversation the best source's distributions",
+    )
     lm_weight: float = Field(0.9, ge=0, le=1)
     on_pivot_win: Literal["distill", "sft"] = "distill"
     divergence: Literal["ce", "kl", "reverse_kl", "jsd"] = "ce"

@@ -27,10 +27,11 @@ from fusion_ray.store import Artifact, Store
 Role = Literal["pivot", "source", "sft", "target", "fused"]
 
 # Settings that change how a target is trained, not what it becomes.
-_DISTILL_NOT_IN_KEY = {"checkpoint_every", "sft_control", "fusion"}
+_DISTILL_NOT_IN_KEY = {"checkpoint_every", "sft_control", "fusion", "branches"}
 # Settings that only the fusion term reads: the SFT-only control is the same whatever they are.
 _FUSION_ONLY = {"lm_weight", "on_pivot_win", "divergence", "tail", "temperature"}
 SFT = "sft"
+ALL = "all"  # the one target of `distill.branches: all`
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes by stage; `evaluate` is keyed by the name of its candidate. `changes` are each target's statistics against the pivot, which all merges share."""
+    """Nodes by stage; `evaluate` is keyed by the name of its candidate. `combine` is the alignment of all sources together, for `distill.branches: all`.
+    `changes` are each target's statistics against the pivot, which all merges share."""
 
     corpus: Node
     teach: Mapping[str, Node]
     align: Mapping[str, Node]
+    combine: Mapping[str, Node]
     distill: Mapping[str, Node]
     merge: Mapping[str, Node]
     evaluate: Mapping[str, Node]
@@ -82,7 +85,7 @@ class Graph:
     def __iter__(self) -> Iterator[Node]:
         """Every node, needs before what needs them."""
         yield self.corpus
-        for stage in (self.teach, self.align, self.distill, self.merge, self.evaluate):
+        for stage in (self.teach, self.align, self.combine, self.distill, self.merge, self.evaluate):
             yield from stage.values()
 
     def closure(self, nodes: Sequence[Node]) -> list[Node]:
@@ -107,8 +110,10 @@ def build_graph(config: FusionConfig) -> Graph:
     corpus = _corpus(store, config)
     teach = {m.name: _teach(store, config, m, corpus, prints) for m in (config.pivot, *config.sources)}
     align = {source.name: _align(store, config, teach, source) for source in config.sources}
+    combine = {ALL: _combine(store, config, align)} if config.distill.branches == "all" else {}
     distill = {
-        name: _distill(store, config.distill, config.run.seed, node, name, prints) for name, node in align.items()
+        name: _distill(store, config.distill, config.run.seed, node, name, prints)
+        for name, node in (combine or align).items()
     }
     if config.distill.sft_control:
         control = config.distill.model_copy(update={"fusion": "none"})
@@ -119,7 +124,7 @@ def build_graph(config: FusionConfig) -> Graph:
     candidates = tuple(_candidates(config, distill, merge))
     wanted = config.evaluate.questions or config.evaluate.heldout or config.evaluate.judge
     evaluate = {c.name: _evaluate(store, config, c, prints) for c in candidates} if wanted else {}
-    return Graph(corpus, teach, align, distill, merge, evaluate, candidates, changes)
+    return Graph(corpus, teach, align, combine, distill, merge, evaluate, candidates, changes)
 
 
 def fingerprint_file(path: str, key: str) -> str:
@@ -162,6 +167,25 @@ def _align(store: Store, config: FusionConfig, teach: Mapping[str, Node], source
     inputs = {"pivot": pivot_rows.key, "source": source_rows.key}
     artifact = store.artifact("align", ALIGN_FORMAT, config.align.model_dump(mode="json"), inputs)
     return Node("align", source.name, artifact, (pivot_rows, source_rows))
+
+
+def _combine(store: Store, config: FusionConfig, align: Mapping[str, Node]) -> Node:
+    """Raises ConfigError for settings that it cannot be made with."""
+    if ALL in align:
+        raise ConfigError(
+            f"`distill.branches: all` makes a target named {ALL}, which a source is called: give that source another name"
+        )
+    if config.align.per != "sequence":
+        raise ConfigError(
+            f"`distill.branches: all` chooses a source for each conversation, and align.per is {config.align.per!r}: set align.per to sequence"
+        )
+    inputs = {f"source:{name}": node.key for name, node in align.items()}
+    settings = {
+        "combine": config.align.unit,
+        "order": list(align),
+    }  # of sources that are equally good the first is taken
+    artifact = store.artifact("align", ALIGN_FORMAT, settings, inputs)
+    return Node("align", ALL, artifact, tuple(align.values()))
 
 
 def _distill(

@@ -19,6 +19,7 @@ from fusion_ray.models import local_folder
 from fusion_ray.records import Report
 from fusion_ray.schedule import Listener, StageRun, Step, one, run_steps
 from fusion_ray.stages.align import align
+from fusion_ray.stages.align_combine import combine_all
 from fusion_ray.stages.cluster import connected
 from fusion_ray.stages.distill import distill
 from fusion_ray.stages.evaluate import EvaluateJob, evaluate_many
@@ -34,7 +35,7 @@ def run_graph(config: FusionConfig, graph: Graph, nodes: Sequence[Node], listene
     steps = steps_for(config, graph, nodes)
     if all(node.artifact.sealed for step in steps for node in step.nodes):
         return run_steps(steps, width=1, listener=listener)  # nothing to do: no cluster is started
-    _check_methods(config)
+    _check_methods(config, targets=sum(name != SFT for name in graph.distill))
     with connected(config.resources):
         return run_steps(steps, width=config.resources.branches, listener=listener)
 
@@ -46,12 +47,12 @@ def steps_for(config: FusionConfig, graph: Graph, nodes: Sequence[Node]) -> list
     return [replace(step, nodes=members) for step, members in kept if members]
 
 
-def _check_methods(config: FusionConfig) -> None:
+def _check_methods(config: FusionConfig, *, targets: int) -> None:
     """What the stages would refuse hours later. Raises ConfigError naming the key."""
     check_supported(config.align)
     for number, method in enumerate(config.merge.methods):
         try:
-            complete_parameters(method.method, method.parameters, targets=len(config.sources))
+            complete_parameters(method.method, method.parameters, targets=targets)
         except ValueError as error:
             raise ConfigError(f"`merge.methods.{number}`: {error}") from error
 
@@ -103,6 +104,10 @@ def all_steps(config: FusionConfig, graph: Graph) -> Iterator[Step]:
                 resources=resources.align,
             ),
         )
+
+    for node in graph.combine.values():
+        sources = {name: aligned.artifact for name, aligned in graph.align.items()}
+        yield one(node, partial(combine_all, sources=sources, config=config.align, resources=resources.align))
 
     for name, node in graph.distill.items():
         settings = config.distill.model_copy(update={"fusion": "none"}) if name == SFT else config.distill

@@ -21,6 +21,7 @@ from fusion_ray.models import local_folder
 from fusion_ray.plan import model_size
 from fusion_ray.report.content import (
     AlignmentSummary,
+    CombinedSummary,
     Extras,
     Interval,
     MergeWeight,
@@ -84,7 +85,7 @@ def collect_report(config: FusionConfig, graph: Graph, runs: Sequence[StageRun])
             (info["served_by"] for node in graph.evaluate.values() if "served_by" in (info := _info(node))), None
         ),
     }
-    return {
+    content: RunReport = {
         "run": config.run.name,
         "versions": dict(_versions()),
         "stages": [
@@ -98,6 +99,10 @@ def collect_report(config: FusionConfig, graph: Graph, runs: Sequence[StageRun])
         ],
         "engine": {name: str(value) for name, value in engines.items() if value is not None},
     }
+    for node in graph.combine.values():
+        if node.artifact.sealed:
+            content["combined"] = cast(CombinedSummary, _info(node))
+    return content
 
 
 def collect_extras(graph: Graph) -> Extras:

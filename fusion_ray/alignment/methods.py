@@ -10,7 +10,15 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from fusion_ray.alignment.choose import Choice, CrossEntropy, cross_entropy, source_wins_rows, source_wins_tokens
+from fusion_ray.alignment.average import average, source_weight
+from fusion_ray.alignment.choose import (
+    Choice,
+    CrossEntropy,
+    cross_entropy,
+    source_wins_rows,
+    source_wins_tokens,
+    token_cross_entropies,
+)
 from fusion_ray.alignment.edges import Edges
 from fusion_ray.alignment.fusechat import ONE_HOT, Sequences, choose_positions, match_rows, met_pairs, move_rows
 from fusion_ray.alignment.positions import Bools, Positions
@@ -140,18 +148,25 @@ def _chosen(
     unit: Unit,
     own_where_empty: bool = False,
 ) -> Aligned:
-    """What MinCE makes of a projection. `own_where_empty`: the pivot's own row stands where the source won and nothing was projected."""
+    """What MinCE makes of a projection, or AvgCE. `own_where_empty`: the pivot's own row stands where the source won and nothing was projected."""
     mine, other = pivot.positions, source.positions
     ce_pivot, ce_source = cross_entropy(mine, other, rows), cross_entropy(other, mine, rows)
+    comparable = projection.known & (index >= 0)
     if per == "sequence":
         source_won = source_wins_rows(ce_pivot, ce_source, choose=choose, unit=unit)
         theirs = source_won[mine.row]
     else:
-        comparable = projection.known & (index >= 0)
         theirs = source_wins_tokens(mine, other, index, comparable, choose=choose, unit=unit) | np.full(
             mine.count, choose == "source"
         )
         source_won = 2 * np.bincount(mine.row, theirs, rows) > np.bincount(mine.row, minlength=rows)
+    if choose == "avg_ce":
+        if per == "sequence":
+            means = (ce.per_byte if unit == "byte" else ce.per_token for ce in (ce_pivot, ce_source))
+            weight = source_weight(*means)[mine.row]
+        else:
+            weight = source_weight(*token_cross_entropies(mine, other, index, comparable, unit=unit))
+        return _averaged(mine, kind, index, projection, weight, source_won, ce_pivot, ce_source)
     if own_where_empty:
         theirs = theirs & projection.known
     take = theirs[:, None]
@@ -162,6 +177,34 @@ def _chosen(
         topk_logprobs=np.where(take, projection.topk_logprobs, mine.topk_logprobs).astype(np.float32, copy=False),
         has_target=~theirs | projection.known,
         from_source=theirs & projection.known,
+        source_won=np.asarray(source_won, np.bool_),
+        projection=projection,
+        ce_pivot=ce_pivot,
+        ce_source=ce_source,
+    )
+
+
+def _averaged(
+    mine: Positions,
+    kind: npt.NDArray[np.int8],
+    index: npt.NDArray[np.int32],
+    projection: Projection,
+    weight: npt.NDArray[np.float64],
+    source_won: Bools,
+    ce_pivot: CrossEntropy,
+    ce_source: CrossEntropy,
+) -> Aligned:
+    """Every position has a target: the mean of both where the source says something, else the pivot's own."""
+    ids, logprobs = average(
+        (mine.topk_ids, mine.topk_logprobs), (projection.topk_ids, projection.topk_logprobs), weight * projection.known
+    )
+    return Aligned(
+        kind=kind,
+        source_index=index,
+        topk_ids=ids,
+        topk_logprobs=logprobs,
+        has_target=np.ones(mine.count, np.bool_),
+        from_source=projection.known,
         source_won=np.asarray(source_won, np.bool_),
         projection=projection,
         ce_pivot=ce_pivot,

@@ -35,9 +35,23 @@ def alignment(report: RunReport, examples: Mapping[str, Sequence[ExplainedRow]])
         f"<figure>{charts.coverage_bars(entries)}{_legend()}"
         "<figcaption>How the pivot's predicted tokens meet each source's tokens.</figcaption></figure>"
         + _figures(entries)
+        + _combined(report)
         + note
         + "".join(_pairs(entry["source"], entry.get("worst_pairs") or []) for entry in entries)
         + _examples(examples)
+    )
+
+
+def _combined(report: RunReport) -> str:
+    """Who teaches the one target of all sources."""
+    combined = report.get("combined")
+    if combined is None or not combined["rows"]:
+        return ""
+    rows, won = combined["rows"], combined["won"]
+    shares = [*won.items(), ("the pivot itself", rows - sum(won.values()))]
+    said = ", ".join(f"{escape(name)} {count / rows:.1%}" for name, count in shares)
+    return (
+        f'<p class="note">The one target of all sources takes of each of {rows:,} conversations the best: {said}.</p>'
     )
 
 

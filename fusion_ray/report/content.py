@@ -84,6 +84,13 @@ class MergeSummary(TypedDict):
     reused: list[str]
 
 
+class CombinedSummary(TypedDict):
+    """The one target of all sources (`distill.branches: all`): its rows, and how many of them each source won. The others are the pivot's own."""
+
+    rows: int
+    won: dict[str, int]
+
+
 class RunReport(TypedDict, total=False):
     """report.json of a run."""
 
@@ -92,6 +99,7 @@ class RunReport(TypedDict, total=False):
     stages: list[StageRun]
     models: list[ModelScores]
     alignment: list[AlignmentSummary]
+    combined: CombinedSummary
     merges: list[MergeSummary]
     engine: dict[str, str]
 

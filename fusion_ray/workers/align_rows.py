@@ -109,8 +109,8 @@ def teacher_rows(table: pa.Table, rows: Sequence[int] | None = None) -> TeacherR
 
 def join_rows(pivot: pa.Table, source: pa.Table) -> tuple[list[int], list[int]]:
     """The row numbers of both tables that hold the same conversation, in the pivot's order. Of rows with one id the n-th meets the n-th."""
-    place = {key: row for row, key in enumerate(_numbered(source["id"].to_pylist()))}
-    pairs = [(row, place[key]) for row, key in enumerate(_numbered(pivot["id"].to_pylist())) if key in place]
+    place = {key: row for row, key in enumerate(numbered(source["id"].to_pylist()))}
+    pairs = [(row, place[key]) for row, key in enumerate(numbered(pivot["id"].to_pylist())) if key in place]
     return [mine for mine, _ in pairs], [theirs for _, theirs in pairs]
 
 
@@ -180,7 +180,8 @@ def _offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
 
 
-def _numbered(names: Sequence[str]) -> list[tuple[str, int]]:
+def numbered(names: Sequence[str]) -> list[tuple[str, int]]:
+    """Of rows with one id the n-th of one table is the n-th of another."""
     seen: Counter[str] = Counter()
     keys = []
     for name in names:

@@ -14,6 +14,7 @@ from fusion_ray.logprobs.codec import encode, to_table
 from fusion_ray.records import ALIGN_FORMAT
 from fusion_ray.stages import align as align_module
 from fusion_ray.stages.align import align
+from fusion_ray.stages.align_combine import combine_all
 from fusion_ray.store import Artifact, Store, Unit
 from fusion_ray.workers.align_counts import decode_counts, encode_counts, read_counts
 from fusion_ray.workers.aligner import Aligner, explained_row
@@ -232,3 +233,30 @@ def test_what_a_user_can_mend_is_said_plainly(tmp_path: Path, models: tuple[Mode
     with pytest.raises(ValueError, match=r"shard-0000\d.parquet of ") as error:
         run(target(store), (pivot_rows, broken), models)
     assert type(error.value) is ValueError
+
+
+def test_one_target_of_two_sources_is_made_of_the_better_rows(
+    tmp_path: Path, models: tuple[ModelConfig, ModelConfig]
+) -> None:
+    store = Store(str(tmp_path))
+    pivot = taught(store, "pivot", "bytelevel", "chatml", CONTENTS, 0.5)
+    aligned = {}
+    for name, probability in (("good", 0.8), ("poor", 0.2)):
+        source = taught(store, name, "sentencepiece", "inst", CONTENTS, probability)
+        aligned[name] = target(store, name)
+        run(aligned[name], (pivot, source), models)
+    out = target(store, "all")
+    options = {"config": AlignConfig(), "resources": WorkerResources(max_workers=2)}
+    reports: list[Mapping[str, object]] = []
+    manifest = combine_all(out, sources=aligned, report=reports.append, **options)  # type: ignore[arg-type]
+    out.verify()
+    assert [report["done"] for report in reports] == [1, 2, 3]
+    assert manifest.info == {"rows": len(CONTENTS), "won": {"good": len(CONTENTS), "poor": 0}}
+    for unit in manifest.units:
+        assert out.read_bytes(unit.name) == aligned["good"].read_bytes(unit.name)
+    out.remove("manifest.json")
+    for name in ("shard-00001.parquet", "_units/shard-00001.parquet.json"):
+        out.remove(name)
+    reports.clear()
+    assert combine_all(out, sources=aligned, report=reports.append, **options) == manifest  # type: ignore[arg-type]
+    assert [report["done"] for report in reports] == [3]

@@ -67,6 +67,30 @@ def test_adding_a_source_adds_one_branch_and_the_merge(raw: dict[str, object], t
     }
 
 
+def test_one_target_of_all_sources(raw: dict[str, object], tmp_path: Path) -> None:
+    pairwise = graph_of(raw, tmp_path)
+    graph = graph_of(raw, tmp_path, distill={"sft_control": True, "branches": "all"})
+    ids = [node.id for node in graph]
+    assert [name for name in ids if name.startswith(("align", "distill"))] == [
+        *("align:a", "align:b", "align:all"),
+        *("distill:all", "distill:sft"),
+    ]
+    assert graph.distill["all"].needs == (graph.combine["all"],)
+    assert set(graph.changes) == {"all"}
+    assert graph.distill["sft"].key == pairwise.distill["sft"].key
+    assert graph.align["a"].key == pairwise.align["a"].key
+    assert [c.name for c in graph.candidates if c.role == "target"] == ["target_all"]
+
+
+def test_what_one_target_of_all_sources_cannot_be_made_with(raw: dict[str, object], tmp_path: Path) -> None:
+    every: dict[str, object] = {"branches": "all"}
+    with pytest.raises(ConfigError, match=r"set align\.per to sequence"):
+        graph_of(raw, tmp_path, distill=every, align={"per": "token"})
+    sources = [{"name": "all", "path": model(tmp_path, "a")}]
+    with pytest.raises(ConfigError, match="give that source another name"):
+        graph_of(raw, tmp_path, distill=every, sources=sources)
+
+
 def test_resources_and_names_of_the_run_change_nothing(raw: dict[str, object], tmp_path: Path) -> None:
     wide = {"num_cpus": 64, "teach": {"max_workers": 8, "engine": {"max_num_seqs": 4}}, "distill": {"max_workers": 4}}
     assert not changed(graph_of(raw, tmp_path), graph_of(raw, tmp_path, resources=wide))

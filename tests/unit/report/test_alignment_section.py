@@ -69,6 +69,13 @@ def test_every_figure_of_every_source_is_there() -> None:
         assert f"{name}: share" in text.replace("Mass kept", "mass kept")  # what it is a share of
 
 
+def test_who_teaches_the_one_target_of_all_sources() -> None:
+    made = report(source("qwen"), source("neox")) | {"combined": {"rows": 1000, "won": {"qwen": 612, "neox": 88}}}
+    said = "takes of each of 1,000 conversations the best: qwen 61.2%, neox 8.8%, the pivot itself 30.0%."
+    assert said in text_of(alignment(made, {}))
+    assert "conversations the best" not in alignment(report(source("qwen")), {})
+
+
 def test_the_worst_pairs_are_shown_heaviest_first_with_what_they_became() -> None:
     many = [{"source": f"s{n}", "pivot": f"p{n}", "mass": 100.0 - n, "positions": n} for n in range(PAIRS + 5)]
     text = text_of(

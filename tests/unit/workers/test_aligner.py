@@ -97,6 +97,30 @@ def test_where_the_pivot_wins_its_own_distribution_stays() -> None:
             assert row["topk_logprobs"] == mine.topk_logprobs.reshape(-1).tolist()
 
 
+def test_both_teach_where_the_average_is_taken() -> None:
+    pivot, source = (
+        made_up_rows(PIVOT, CONTENTS, label_probability=0.1),
+        made_up_rows(SOURCE, CONTENTS, label_probability=0.9, seed=1),
+    )
+    chosen = table(aligner(choose="source").align(shard(pivot), shard(source)).data).to_pylist()
+    for per in ("sequence", "token"):
+        rows = table(aligner(choose="avg_ce", per=per).align(shard(pivot), shard(source)).data).to_pylist()
+        strict = 0
+        for row, of_source, mine in zip(rows, chosen, pivot, strict=True):
+            assert all(row["has_target"])
+            assert row["from_source"] == of_source["from_source"]
+            ids = np.reshape(row["topk_ids"], (-1, K))
+            masses = np.exp(np.reshape(row["topk_logprobs"], (-1, K)).astype(float))
+            for at, from_source in enumerate(row["from_source"]):
+                if not from_source:
+                    assert sorted(ids[at].tolist()) == sorted(mine.topk_ids[at].tolist())
+                elif row["kind"][at] == MatchKind.STRICT:
+                    strict += 1
+                    label = masses[at][ids[at] == mine.ids[mine.position[at] + 1]].sum()
+                    assert 0.1 + 0.27 * 0.8 - 0.05 < label < 0.1 + 0.73 * 0.8 + 0.05  # between the two models
+        assert strict > 50
+
+
 def test_a_model_aligned_with_itself_is_the_identity() -> None:
     rows = made_up_rows(PIVOT, CONTENTS)
     result = aligner(PIVOT, PIVOT, choose="source").align(shard(rows), shard(rows))
