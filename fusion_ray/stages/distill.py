@@ -1,6 +1,6 @@
 """distill: the pivot fine-tuned to one source's target by a Ray Train worker group with DeepSpeed (design.md section 6). Called by pipeline.py.
 
-`out` ends as a plain Hugging Face folder with `metrics.jsonl` (one line a step) and `training.json`. While it runs, `out/_work` holds the checkpoints and
+`out` ends as a plain Hugging Face folder with `metrics.jsonl` (one line a step), `training.json` and TensorBoard's event files; the figures are Ray metrics too. While it runs, `out/_work` holds the checkpoints and
 the metrics; a run whose driver, node or worker died goes on from the last checkpoint when the stage is called again. Several may run side by side in
 threads of one driver: nothing here is global but the settings of Ray Train below.
 """
@@ -14,6 +14,7 @@ import secrets
 import shutil
 import tempfile
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from fusion_ray.config import DistillConfig, ModelConfig, WorkerResources
 from fusion_ray.models import local_folder
 from fusion_ray.records import Report
+from fusion_ray.stages.gauges import Gauges
 from fusion_ray.store import UNITS, Artifact, Folder, Manifest, StoreError
 from fusion_ray.workers.metrics_log import MetricsLog, last_line
 
@@ -159,6 +161,7 @@ def _work(train_loop_config: dict[str, Task]) -> dict[str, str]:
     task = train_loop_config["task"]
     if not task.on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported, which no driver does
+    from fusion_ray.workers.tensorboard_log import TensorBoardLog
     from fusion_ray.workers.trainer import Places, train
 
     context = ray.train.get_context()
@@ -168,6 +171,13 @@ def _work(train_loop_config: dict[str, Task]) -> dict[str, str]:
     local.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"rank-{rank}-", dir=local))
     metrics = MetricsLog(out, f"{WORK}/{METRICS}")
+    board, gauges = TensorBoardLog(out, scratch=scratch), Gauges("distill", key=out.key)
+
+    def tell(figures: Mapping[str, object]) -> None:
+        metrics.append(figures)
+        board.append(figures)
+        gauges.set(figures)
+
     source = task.rows.local_folder()
     shards = sorted(unit.name for unit in task.rows.manifest().units if unit.name.startswith("shard-"))
     places = Places(
@@ -186,12 +196,13 @@ def _work(train_loop_config: dict[str, Task]) -> dict[str, str]:
             seed=task.seed,
             trust_remote_code=task.pivot.trust_remote_code,
             threads=task.threads,
-            report=metrics.append,
+            report=tell,
         )
     except ValueError as error:
         return {"error": str(error)}
     if rank == 0:
         metrics.close()
+        board.close()
         out.commit_folder(places.export)
         out.commit_bytes(METRICS, out.read_bytes(f"{WORK}/{METRICS}"), rows=int(str(facts["steps"])))
         out.commit_bytes(FACTS, (json.dumps(facts, indent=1, sort_keys=True) + "\n").encode())

@@ -1,8 +1,11 @@
-"""What a training run tells about a step: loss parts a position, rates and the time left. Called by workers/trainer.py."""
+"""What a training run tells about a step: loss parts a position, rates, memory and the time left. Called by workers/trainer.py."""
 
 import math
+import resource
 import time
 from collections.abc import Mapping
+
+import torch
 
 
 def averages(sums: Mapping[str, float]) -> dict[str, float]:
@@ -17,7 +20,7 @@ def averages(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 class Clock:
-    """Tokens a second and seconds to go, smoothed over the last steps. The first step, which warms up, is left out of the mean where it can be."""
+    """Tokens a second, the most memory held and seconds to go, smoothed over the last steps. The first step, which warms up, is left out of the mean where it can be."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -30,4 +33,15 @@ class Clock:
         seconds, self.last = max(now - self.last, 1e-9), now
         self.mean = seconds if self.ticks < 2 else 0.9 * self.mean + 0.1 * seconds
         self.ticks += 1
-        return {"tokens_per_second": tokens / seconds, "eta_seconds": self.mean * (self.steps - step)}
+        return {
+            "tokens_per_second": tokens / seconds,
+            "eta_seconds": self.mean * (self.steps - step),
+            "peak_memory_bytes": peak_memory(),
+        }
+
+
+def peak_memory() -> int:
+    """The most that this process has held: of the accelerator's memory where it has one, else of the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
