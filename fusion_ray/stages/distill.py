@@ -1,8 +1,8 @@
 """distill: the pivot fine-tuned to one source's target by a Ray Train worker group with DeepSpeed (design.md section 6). Called by pipeline.py.
 
-`out` ends as a plain Hugging Face folder with `metrics.jsonl` (one line a step), `training.json` and TensorBoard's event files; the figures are Ray metrics too. While it runs, `out/_work` holds the checkpoints and
-the metrics; a run whose driver, node or worker died goes on from the last checkpoint when the stage is called again. Several may run side by side in
-threads of one driver: nothing here is global but the settings of Ray Train below.
+`out` ends as a plain Hugging Face folder with `metrics.jsonl` (one line a step), `training.json` and TensorBoard's files; the figures are Ray metrics too.
+While it runs, `out/_work` holds the checkpoints and the metrics; a run whose driver, node or worker died goes on from the last checkpoint when the stage is
+called again. Several may run side by side in threads of one driver: nothing here is global but the settings of Ray Train below.
 """
 
 import contextlib

@@ -20,7 +20,8 @@ def averages(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 class Clock:
-    """Tokens a second, the most memory held and seconds to go, smoothed over the last steps. The first step, which warms up, is left out of the mean where it can be."""
+    """Tokens a second, the most memory held, and seconds to go, smoothed over the last steps. The first step, which warms up, is left out of the mean where it
+    can be."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
