@@ -5,6 +5,7 @@ Everything is read from headers and file sizes; imports no torch, no ray. The es
 
 import json
 import math
+import os
 import shutil
 import struct
 from collections.abc import Iterator
@@ -117,16 +118,21 @@ def estimate(config: FusionConfig, graph: Graph, node: Node, sizes: dict[str, Mo
         return Estimate()
     if node.stage == "distill":
         passes = 4 if config.distill.gradient_checkpointing else 3
-        workers = config.resources.distill.max_workers
-        shared = 4 + (TRAINING_BYTES - 4) / workers if config.distill.zero_stage < 3 else TRAINING_BYTES / workers
         seconds = 2 * passes * pivot.parameters * tokens * config.distill.epochs / speed
-        return Estimate(
-            pivot.bytes, seconds, pivot.parameters * shared + config.distill.head_chunk * pivot.vocabulary * 12
-        )
+        head = config.distill.head_chunk * pivot.vocabulary * 12
+        return Estimate(pivot.bytes, seconds, training_state(config, pivot.parameters) + head)
     if node.stage == "merge":
         targets = sum(name != SFT for name in graph.distill)
         return Estimate(pivot.bytes, (targets + 1) * pivot.bytes / 1e9, float(config.merge.max_bytes_in_flight))
     return Estimate(device_seconds=None)
+
+
+def training_state(config: FusionConfig, parameters: int) -> float:
+    """Bytes of one worker for weights, gradients and moments, whatever the batch."""
+    workers = config.resources.distill.max_workers
+    if config.distill.zero_stage == 3:
+        return parameters * TRAINING_BYTES / workers
+    return parameters * (4 + (TRAINING_BYTES - 4) / workers)
 
 
 def check(config: FusionConfig, graph: Graph) -> None:
@@ -156,10 +162,33 @@ def problems(config: FusionConfig, graph: Graph, sizes: dict[str, ModelSize | No
         yield config.align.problem
     for model in (config.pivot, *config.sources):
         yield from _model_problems(model, sizes[model.name])
+    pivot = sizes[config.pivot.name]
+    if pivot is not None and any(not node.artifact.sealed for node in graph.distill.values()):
+        yield from _memory_problem(config, pivot)
     if config.distill.batch_size < config.resources.distill.max_workers:
         yield (
             f"distill.batch_size {config.distill.batch_size} is below resources.distill.max_workers "
             f"{config.resources.distill.max_workers}: some workers would have no rows"
+        )
+
+
+def _memory_problem(config: FusionConfig, pivot: ModelSize) -> Iterator[str]:
+    """Where the state of training alone, which no setting of the batch changes, has no room."""
+    resources = config.resources.distill
+    if resources.gpus or "offload_optimizer" in str(config.distill.deepspeed):
+        return
+    state = training_state(config, pivot.parameters)
+    if resources.memory_gb is not None:
+        room, what = resources.memory_gb * GIB, f"resources.distill.memory_gb is {resources.memory_gb:g}"
+    elif config.resources.address is None:
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / resources.max_workers
+        what = f"this machine has {_size(room)} for each of {resources.max_workers} workers"
+    else:
+        return
+    if state > room:
+        yield (
+            f"distill: a worker holds {_size(state)} of weights, gradients and optimizer state at distill.zero_stage {config.distill.zero_stage}, and {what}: "
+            "set zero_stage to 3 and raise resources.distill.max_workers over more machines, or take a smaller pivot"
         )
 
 
