@@ -99,7 +99,15 @@ def _sum_changes(apart: Floats, lanes: Doubles) -> np.int64:
     squares, absolutes = lanes[0], lanes[1]
     squares[:] = 0.0
     absolutes[:] = 0.0
-    for start in range(0, apart.size, LANES):
+    pairs = apart.size // (2 * LANES)
+    rows = apart[: pairs * 2 * LANES].reshape(pairs, 2 * LANES)
+    for pair in range(pairs):
+        row = rows[pair]
+        for lane in range(LANES):
+            upper, lower = np.float64(row[lane]), np.float64(row[lane + LANES])
+            squares[lane] = (squares[lane] + upper * upper) + lower * lower
+            absolutes[lane] = (absolutes[lane] + abs(upper)) + abs(lower)
+    for start in range(pairs * 2 * LANES, apart.size, LANES):
         row = apart[start : start + LANES]
         for lane in range(row.size):
             value = np.float64(row[lane])

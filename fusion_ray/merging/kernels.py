@@ -129,28 +129,36 @@ def dot_chunks(first: Floats, second: Floats, base: Floats, sums: Doubles) -> No
 def dot(first: Floats, second: Floats) -> float:
     """The inner product of a chunk (n,) in float64: LANES sums side by side, then those folded."""
     lanes = np.zeros(LANES, np.float64)
-    whole = first.size // LANES
-    one, other = first[: whole * LANES].reshape(whole, LANES), second[: whole * LANES].reshape(whole, LANES)
-    for row in range(whole):
-        a, b = one[row], other[row]
+    pairs = first.size // (2 * LANES)  # of rows: each lane is read and written half as often
+    one, other = (
+        first[: pairs * 2 * LANES].reshape(pairs, 2 * LANES),
+        second[: pairs * 2 * LANES].reshape(pairs, 2 * LANES),
+    )
+    for pair in range(pairs):
+        a, b = one[pair], other[pair]
         for lane in range(LANES):
+            upper = np.float64(a[lane]) * np.float64(b[lane])
+            lower = np.float64(a[lane + LANES]) * np.float64(b[lane + LANES])
+            lanes[lane] = (lanes[lane] + upper) + lower
+    for start in range(pairs * 2 * LANES, first.size, LANES):
+        a, b = first[start : start + LANES], second[start : start + LANES]
+        for lane in range(a.size):
             lanes[lane] += np.float64(a[lane]) * np.float64(b[lane])
-    a, b = first[whole * LANES :], second[whole * LANES :]
-    for lane in range(a.size):
-        lanes[lane] += np.float64(a[lane]) * np.float64(b[lane])
     return fold(lanes)
 
 
 @njit(cache=True, nogil=True)
 def fold(lanes: Doubles) -> float:
-    """The sum of LANES numbers: the upper half is added to the lower one until one is left. Writes over them."""
-    half = LANES // 2
-    while half:
-        lower, upper = lanes[:half], lanes[half : 2 * half]
-        for lane in range(half):
-            lower[lane] += upper[lane]
-        half //= 2
-    return lanes[0]
+    """The sum of LANES (64) numbers: the upper half is added to the lower one until one is left. Writes over them."""
+    for lane in range(32):  # a number that the compiler knows: no loop is left of it
+        lanes[lane] += lanes[lane + 32]
+    for lane in range(16):
+        lanes[lane] += lanes[lane + 16]
+    for lane in range(8):
+        lanes[lane] += lanes[lane + 8]
+    for lane in range(4):
+        lanes[lane] += lanes[lane + 4]
+    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3])
 
 
 def chunks_of(size: int) -> int:
