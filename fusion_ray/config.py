@@ -112,7 +112,15 @@ class DistillConfig(Section):
     temperature: float = Field(1.0, gt=0)
     epochs: int = Field(3, ge=1)
     batch_size: int = Field(128, ge=1, description="conversations in a global batch, whatever the number of workers")
-    micro_batch_size: int = Field(4, ge=1, description="conversations in one forward of one worker")
+    micro_batch_size: int = Field(
+        4,
+        ge=1,
+        description="conversations in one forward of one worker; with packing, lines of up to max_length tokens",
+    )
+    packing: bool = Field(
+        False,
+        description="lay conversations one after the other in lines of up to max_length tokens instead of padding each to the longest; none sees another",
+    )
     learning_rate: float = Field(5e-6, gt=0)
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

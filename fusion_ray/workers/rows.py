@@ -5,7 +5,7 @@ memory-mapped from there by every rank: what a rank holds of a corpus is four nu
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +23,11 @@ ROWS_A_BLOCK = 1024
 
 @dataclass(frozen=True)
 class Batch:
-    """B conversations, padded on the right with id 0: causal attention never sees the padding from a real token.
+    """B lines of one conversation or several, padded on the right with id 0: causal attention never sees the padding from a real token.
 
     `position` (N,) indexes the flattened (B * T,) hidden states; `head_ids` (N, 1 + K) are the label and the target's ids (N, 1 without targets).
+    `position_ids` are there where a line holds several conversations: they begin at 0 in each, which is what transformers' masks find its borders by, and
+    are 0 on the padding.
     """
 
     ids: np.ndarray  # (B, T) int64
@@ -34,6 +36,7 @@ class Batch:
     topk_logprobs: np.ndarray | None = None  # (N, K) float32
     has_target: np.ndarray | None = None  # (N,) bool
     from_source: np.ndarray | None = None  # (N,) bool
+    position_ids: np.ndarray | None = None  # (B, T) int64
 
 
 class Rows:
@@ -78,20 +81,23 @@ class Rows:
         block, index = self._where[row]
         return str(self._blocks[block].batch.column("id")[int(index)].as_py())
 
-    def collate(self, rows: Sequence[int]) -> Batch:
-        """The rows as one batch."""
-        width = int(self.lengths[list(rows)].max())
-        ids = np.zeros((len(rows), width), np.int64)
+    def collate(self, lines: Sequence[Sequence[int]]) -> Batch:
+        """The rows as one batch: those of a line one after the other."""
+        width = max(int(self.lengths[list(line)].sum()) for line in lines)
+        ids = np.zeros((len(lines), width), np.int64)
+        position_ids = np.zeros_like(ids) if any(len(line) > 1 for line in lines) else None
         position, labels, topk_ids, topk_logprobs, has_target, from_source = [], [], [], [], [], []
-        for b, row in enumerate(rows):
+        for row, begin in self._places(lines, width):  # `begin` counts in the flattened batch
             number, index = self._where[row]
             block, length, count = self._blocks[number], self.lengths[row], self.positions[row]
             start = block.ids_offsets[index]
-            ids[b, :length] = block.ids[start : start + length]
+            ids.reshape(-1)[begin : begin + length] = block.ids[start : start + length]
+            if position_ids is not None:
+                position_ids.reshape(-1)[begin : begin + length] = np.arange(length)
             first = block.position_offsets[index]
             part = slice(first, first + count)
             at = block.position[part].astype(np.int64)
-            position.append(at + b * width)
+            position.append(at + begin)
             labels.append(block.ids[start + at + 1])
             if self.targets:
                 topk_ids.append(block.topk_ids[first * self.top_k : (first + count) * self.top_k])
@@ -101,13 +107,20 @@ class Rows:
         flat = np.concatenate(position)
         label = np.concatenate(labels).astype(np.int64)[:, None]  # (N, 1)
         if not self.targets:
-            return Batch(ids, flat, label)
+            return Batch(ids, flat, label, position_ids=position_ids)
         topk = np.concatenate(topk_ids).astype(np.int64).reshape(-1, self.top_k)
         logprobs = np.concatenate(topk_logprobs).astype(np.float32).reshape(-1, self.top_k)
         source = np.concatenate(from_source).astype(bool)
-        return Batch(
-            ids, flat, np.concatenate([label, topk], axis=1), logprobs, np.concatenate(has_target).astype(bool), source
-        )
+        head_ids = np.concatenate([label, topk], axis=1)
+        return Batch(ids, flat, head_ids, logprobs, np.concatenate(has_target).astype(bool), source, position_ids)
+
+    def _places(self, lines: Sequence[Sequence[int]], width: int) -> Iterator[tuple[int, int]]:
+        """Each row with the place of its first token in the flattened batch."""
+        for b, line in enumerate(lines):
+            begin = b * width
+            for row in line:
+                yield row, begin
+                begin += int(self.lengths[row])
 
     def _cached(self, shard: Path, cache: Path) -> Path:
         """The shard as an Arrow file in `cache`, written now where it is not there yet; bool columns become bytes."""

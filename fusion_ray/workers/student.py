@@ -47,9 +47,10 @@ class Student(nn.Module):
         topk_logprobs: Tensor | None,
         has_target: Tensor | None,
         from_source: Tensor | None,
+        position_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The loss, summed, and the metrics named by METRICS (5,), detached. Shapes as in workers/rows.py Batch."""
-        picked, logsumexp = self.picked(ids, position, head_ids)
+        picked, logsumexp = self.picked(ids, position, head_ids, position_ids)
         if self.objective is None or topk_logprobs is None or has_target is None or from_source is None:
             total, metrics = nll_sums(picked, logsumexp)
         else:
@@ -57,8 +58,11 @@ class Student(nn.Module):
             total, metrics = fusion_sums(picked, logsumexp, targets, **self.objective)  # type: ignore[arg-type]  # plain scalars, checked by name
         return total, torch.stack([metrics[name] for name in METRICS])
 
-    def picked(self, ids: Tensor, position: Tensor, head_ids: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, H)
+    def picked(
+        self, ids: Tensor, position: Tensor, head_ids: Tensor, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        packed = {} if position_ids is None else {"position_ids": position_ids}
+        hidden = self.model.base_model(input_ids=ids, use_cache=False, **packed).last_hidden_state  # (B, T, H)
         found: tuple[Tensor, Tensor] = self._head[0](hidden.flatten(0, 1)[position], head_ids)
         return found
 

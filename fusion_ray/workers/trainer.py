@@ -21,6 +21,7 @@ from fusion_ray.records import Report
 from fusion_ray.store import Folder
 from fusion_ray.workers.export import export, gather_weights
 from fusion_ray.workers.figures import Clock, averages
+from fusion_ray.workers.packing_check import check_packing
 from fusion_ray.workers.rows import Batch, Rows
 from fusion_ray.workers.schedule import Schedule, StepPlan, learning_rate
 from fusion_ray.workers.student import METRICS, load_student, vocabulary_rows
@@ -76,20 +77,23 @@ def train(
         max_length=config.max_length,
         targets=fuse,
     )
-    schedule = Schedule(
-        rows.lengths,
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size,
-        epochs=config.epochs,
-        world_size=world_size,
-        seed=seed,
-    )
+    schedule = _schedule(rows, config, world_size=world_size, seed=seed, packing=config.packing)
+    # As one worker alone would read the rows, so that a run's facts do not depend on how many there are.
+    padding = {
+        packing: _schedule(rows, config, world_size=1, seed=seed, packing=packing).padding_share()
+        for packing in (False, True)
+    }
     engine = start_engine(student, config)
     student.check_head(device)
+    if config.packing:
+        check_packing(student, device, max_length=config.max_length)
     checkpoints = Checkpoints(places.checkpoints, scratch=Path(places.scratch), key=key, seed=seed)
     progress = checkpoints.load(engine) or Progress(0, {})
     totals = progress.totals
-    logger.info("training from step %d to %d on %d rows", progress.step, schedule.steps, len(rows))
+    logger.info(
+        "training from step %d to %d on %d rows, %.1f%% of a micro-batch is padding",
+        *(progress.step, schedule.steps, len(rows), 100 * padding[config.packing]),
+    )
     clock = Clock(schedule.steps)
     student.train()
     for number in range(progress.step, schedule.steps):
@@ -132,6 +136,9 @@ def train(
         "rows_empty": rows.empty,
         "tokens_an_epoch": int(rows.lengths.sum()),
         "positions_an_epoch": int(rows.positions.sum()),
+        "packing": config.packing,
+        "padding_share": padding[config.packing],
+        "padding_share_otherwise": padding[not config.packing],  # with the other value of distill.packing
         "parameters": count_parameters(student),
         "dtype": dtype,
         "epochs": [averages(totals[str(epoch)]) for epoch in range(config.epochs)],
@@ -150,14 +157,14 @@ def _step(
     shortest = min(plan.rows, key=lambda row: (rows.lengths[row], row))
     sums = torch.zeros(len(METRICS), dtype=torch.float64)
     broken = torch.zeros(len(plan.rows), dtype=torch.float64)
-    for members in plan.micro_batches[rank]:
-        loss, metrics = engine(*_tensors(rows.collate(members or [shortest]), device))
-        engine.backward(loss * (dist.get_world_size() / count if members else 0.0), scale_wrt_gas=False)
-        if not members:
+    for lines in plan.micro_batches[rank]:
+        loss, metrics = engine(*_tensors(rows.collate(lines or [[shortest]]), device))
+        engine.backward(loss * (dist.get_world_size() / count if lines else 0.0), scale_wrt_gas=False)
+        if not lines:
             continue
         sums += metrics.double().cpu()
         if not bool(torch.isfinite(loss)):
-            broken[[plan.rows.index(row) for row in members]] = 1.0
+            broken[[plan.rows.index(row) for line in lines for row in line]] = 1.0
     shared = torch.cat([sums, broken]).to(device)
     dist.all_reduce(shared)
     sums, broken = shared[: len(METRICS)].cpu(), shared[len(METRICS) :].cpu()
@@ -174,7 +181,22 @@ def _step(
 
 def _tensors(batch: Batch, device: torch.device) -> list[torch.Tensor | None]:
     arrays = (batch.ids, batch.position, batch.head_ids, batch.topk_logprobs, batch.has_target, batch.from_source)
-    return [None if array is None else torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays]
+    return [
+        None if array is None else torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        for array in (*arrays, batch.position_ids)
+    ]
+
+
+def _schedule(rows: Rows, config: DistillConfig, *, world_size: int, seed: int, packing: bool) -> Schedule:
+    return Schedule(
+        rows.lengths,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        epochs=config.epochs,
+        world_size=world_size,
+        seed=seed,
+        line_length=config.max_length if packing else None,
+    )
 
 
 def _objective(config: DistillConfig) -> dict[str, str | float]:

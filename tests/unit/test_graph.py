@@ -113,6 +113,17 @@ def test_fusion_weight_leaves_the_control_alone(raw: dict[str, object], tmp_path
     }
 
 
+def test_packing_is_in_the_key_where_it_is_on(raw: dict[str, object], tmp_path: Path) -> None:
+    plain, padded, packed = (
+        graph_of(raw, tmp_path, distill={"sft_control": True} | packing)
+        for packing in ({}, {"packing": False}, {"packing": True})
+    )
+    assert not changed(plain, padded)
+    assert {"distill:a", "distill:b", "distill:sft"} <= changed(plain, packed)
+    assert "packing" not in plain.distill["a"].artifact.config
+    assert packed.distill["a"].artifact.config["packing"] is True
+
+
 def test_content_counts_not_place_or_time(raw: dict[str, object], tmp_path: Path) -> None:
     before = graph_of(raw, tmp_path)
     elsewhere = tmp_path / "moved"

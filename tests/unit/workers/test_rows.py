@@ -48,7 +48,7 @@ def test_a_batch_holds_labels_one_after_their_positions(tmp_path: Path) -> None:
     """The shift, by hand: position 3 has read ids 10..13 and predicts id 14."""
     short = plain_row(id="s", ids=[7, 8, 9], position=[1], has_target=[True], from_source=[False], kind=[0])
     short |= {"topk_ids": [1, 2, 3, 4], "topk_logprobs": [-1.0] * K}
-    batch = opened(tmp_path, [write(tmp_path / "a.parquet", [short, plain_row()])]).collate([1, 0])
+    batch = opened(tmp_path, [write(tmp_path / "a.parquet", [short, plain_row()])]).collate([[1], [0]])
     assert batch.ids.tolist() == [list(range(10, 22)), [7, 8, 9] + [0] * 9]
     assert batch.position.tolist() == [3, 4, 10, 12 + 1]
     assert batch.head_ids[:, 0].tolist() == [14, 15, 21, 9]
@@ -70,7 +70,7 @@ def test_rows_are_cut_and_empty_ones_counted(tmp_path: Path) -> None:
     cut = opened(tmp_path, [path], max_length=6)
     assert (len(cut), cut.cut, cut.empty) == (1, 2, 1)
     assert (cut.lengths.tolist(), cut.positions.tolist()) == ([6], [2])
-    batch = cut.collate([0])
+    batch = cut.collate([[0]])
     assert batch.head_ids[:, 0].tolist() == [14, 15]
     assert opened(tmp_path, [path], max_length=4).empty == 2  # id 14 itself is cut off
 
@@ -83,7 +83,7 @@ def test_many_shards_are_one_sequence_of_rows(tmp_path: Path) -> None:
     assert (len(rows), rows.empty) == (19, 1)
     for number, row in enumerate(usable):
         assert rows.id(number) == row["id"]
-        batch = rows.collate([number])
+        batch = rows.collate([[number]])
         assert batch.ids[0].tolist() == row["ids"]
         assert batch.head_ids[:, 1:].ravel().tolist() == row["topk_ids"]
         assert rows.positions[number] == len(row["position"])
@@ -101,7 +101,7 @@ def test_teacher_rows_give_ids_and_positions_alone(tmp_path: Path) -> None:
     row |= {"topk_ids": [1] * 4, "topk_logprobs": [-1.0] * 4, "label_logprob": [-1.0, -1.0]}
     path = tmp_path / "t.parquet"
     pq.write_table(pa.Table.from_pylist([row], schema=teacher_schema(2)), path)
-    batch = opened(tmp_path, [path], targets=False).collate([0])
+    batch = opened(tmp_path, [path], targets=False).collate([[0]])
     assert batch.head_ids.tolist() == [[7], [8]]
     assert batch.topk_logprobs is None
     with pytest.raises(ValueError, match=r"no column 'has_target'.*distill.fusion"):

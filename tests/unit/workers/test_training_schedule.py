@@ -22,7 +22,7 @@ def test_every_row_once_an_epoch_on_one_rank(rows: int, batch: int, micro: int, 
         for number in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
             step = plan.step(number)
             assert step.epoch == epoch
-            given_out = [row for rank in step.micro_batches for group in rank for row in group]
+            given_out = [row for rank in step.micro_batches for group in rank for (row,) in group]
             assert sorted(given_out) == sorted(step.rows)
             assert len({len(rank) for rank in step.micro_batches}) == 1
             assert len(step.micro_batches) == world
@@ -46,7 +46,7 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
 def test_micro_batches_hold_similar_lengths() -> None:
     plan = schedule(64, batch_size=64, micro_batch_size=4)
     for number in range(plan.steps):
-        groups = [group for rank in plan.step(number).micro_batches for group in rank]
+        groups = [[row for (row,) in group] for rank in plan.step(number).micro_batches for group in rank]
         padded = sum(len(group) * plan.lengths[group].max() for group in groups)
         assert padded < 1.15 * plan.lengths.sum()
 
