@@ -99,6 +99,27 @@ class AlignConfig(Section):
         return None
 
 
+# One value for all of what there is, or a list with one each. The tags keep the two out of each other's error messages.
+_ONE, _EACH = "for all", "one each"
+_ONE_OR_EACH = Discriminator(lambda value: _EACH if isinstance(value, list | tuple) else _ONE)
+
+
+class LoraConfig(Section):
+    """Low-rank adapters beside the pivot's linear layers (arXiv 2106.09685): they alone are trained, then merged into its weights."""
+
+    rank: int = Field(16, ge=1, le=4096, description="columns of an adapter's two matrices")
+    alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="an adapter's output is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs that are left out in training")
+    targets: Annotated[
+        Annotated[Literal["all-linear"], Tag(_ONE)]
+        | Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1), Tag(_EACH)],
+        _ONE_OR_EACH,
+    ] = Field(
+        "all-linear",
+        description="all-linear: every linear layer but the output layer; or a list of the ends of layers' names, such as q_proj or mlp.up_proj",
+    )
+
+
 class DistillConfig(Section):
     fusion: Literal["top_k", "none"] = Field("top_k", description="none: the SFT-only control")
     branches: Literal["pairwise", "all"] = Field(
@@ -121,6 +142,10 @@ class DistillConfig(Section):
         False,
         description="lay conversations one after the other in lines of up to max_length tokens instead of padding each to the longest; none sees another",
     )
+    lora: LoraConfig | None = Field(
+        None,
+        description="train adapters only and merge them into the exported model; null trains every weight. Adapters want a larger learning_rate, about 1e-4",
+    )
     learning_rate: float = Field(5e-6, gt=0)
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -140,9 +165,7 @@ class DistillConfig(Section):
     sft_control: bool = Field(False, description="also train the SFT-only control on the same data and steps")
 
 
-# A parameter of each merged model: one value for all of them, or a list with one each. The tags keep the two out of each other's error messages.
-_ONE, _EACH = "for all", "one each"
-_ONE_OR_EACH = Discriminator(lambda value: _EACH if isinstance(value, list | tuple) else _ONE)
+# A parameter of each merged model.
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weights = Annotated[Annotated[Finite, Tag(_ONE)] | Annotated[tuple[Finite, ...], Tag(_EACH)], _ONE_OR_EACH]

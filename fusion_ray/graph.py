@@ -194,6 +194,8 @@ def _distill(
     left_out = _DISTILL_NOT_IN_KEY | (_FUSION_ONLY if config.fusion == "none" else set())
     if not config.packing:  # padded rows are what a target without the setting is trained on
         left_out = left_out | {"packing"}
+    if config.lora is None:  # likewise every weight
+        left_out = left_out | {"lora"}
     settings = config.model_dump(mode="json", exclude=left_out) | {"seed": seed}
     inputs = {"rows": rows.key, "pivot": next(iter(prints.values()))}
     return Node("distill", branch, store.artifact("distill", MODEL_FORMAT, settings, inputs), (rows,))

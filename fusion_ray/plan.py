@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from fusion_ray.config import ConfigError, FusionConfig, ModelConfig, is_url
+from fusion_ray.config import ConfigError, FusionConfig, LoraConfig, ModelConfig, is_url
 from fusion_ray.graph import SFT, Graph, Node, build_graph
 
 BYTES_PER_TOKEN = 4.0  # English text under a vocabulary of 30k to 150k
@@ -23,14 +23,18 @@ BYTES_PER_POSITION = {"fixed": 12, "per_k": 3.3}  # a teacher row on disk: 45 by
 ACCELERATOR_FLOPS = 4e14 * 0.4  # bf16 at 40% utilisation of a current data-centre card
 CPU_FLOPS = 5e10  # float32 on one core
 TRAINING_BYTES = 16  # a parameter in fp32 with gradient and two Adam moments
+WEIGHT_BYTES = 4  # of them, what stays where a parameter is not trained
 GIB = 1 << 30
 
 
 @dataclass(frozen=True)
 class ModelSize:
+    """`matrices` are the name, rows and columns of every tensor with two axes."""
+
     parameters: int
     bytes: int
     vocabulary: int
+    matrices: tuple[tuple[str, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,17 +47,20 @@ class Estimate:
 
 
 def model_size(folder: str) -> ModelSize | None:
-    """Parameters, bytes and vocabulary of a local model folder, from headers alone; None for a reference that is not local."""
+    """The sizes of a local model folder, from headers alone; None for a reference that is not local."""
     path = Path(folder)
     if is_url(folder) or not path.is_dir():
         return None
     parameters = total = 0
+    matrices: list[tuple[str, int, int]] = []
     for file in sorted(path.glob("*.safetensors")):
         header, _ = _header(file)
         parameters += sum(math.prod(tensor["shape"]) for tensor in header.values())
         total += file.stat().st_size
+        shapes = {name: each["shape"] for name, each in header.items()}
+        matrices += [(name, shape[0], shape[1]) for name, shape in shapes.items() if len(shape) == 2]
     config = json.loads((path / "config.json").read_text())
-    return ModelSize(parameters, total, int(config.get("vocab_size", 0)))
+    return ModelSize(parameters, total, int(config.get("vocab_size", 0)), tuple(matrices))
 
 
 def _header(file: Path) -> tuple[dict[str, dict[str, list[int]]], int]:
@@ -117,22 +124,34 @@ def estimate(config: FusionConfig, graph: Graph, node: Node, sizes: dict[str, Mo
     if pivot is None:
         return Estimate()
     if node.stage == "distill":
-        passes = 4 if config.distill.gradient_checkpointing else 3
+        passes = 3 + config.distill.gradient_checkpointing - (config.distill.lora is not None)
         seconds = 2 * passes * pivot.parameters * tokens * config.distill.epochs / speed
         head = config.distill.head_chunk * pivot.vocabulary * 12
-        return Estimate(pivot.bytes, seconds, training_state(config, pivot.parameters) + head)
+        return Estimate(pivot.bytes, seconds, training_state(config, pivot) + head)
     if node.stage == "merge":
         targets = sum(name != SFT for name in graph.distill)
         return Estimate(pivot.bytes, (targets + 1) * pivot.bytes / 1e9, float(config.merge.max_bytes_in_flight))
     return Estimate(device_seconds=None)
 
 
-def training_state(config: FusionConfig, parameters: int) -> float:
+def training_state(config: FusionConfig, pivot: ModelSize) -> float:
     """Bytes of one worker for weights, gradients and moments, whatever the batch."""
-    workers = config.resources.distill.max_workers
-    if config.distill.zero_stage == 3:
-        return parameters * TRAINING_BYTES / workers
-    return parameters * (4 + (TRAINING_BYTES - 4) / workers)
+    workers, lora = config.resources.distill.max_workers, config.distill.lora
+    trained = pivot.parameters if lora is None else adapter_parameters(lora, pivot)
+    weights = WEIGHT_BYTES * (trained if lora is None else trained + pivot.parameters)
+    learning = (TRAINING_BYTES - WEIGHT_BYTES) * trained
+    return (weights if config.distill.zero_stage < 3 else weights / workers) + learning / workers
+
+
+def adapter_parameters(lora: LoraConfig, model: ModelSize) -> int:
+    """Elements of the adapters of `lora`, as if every matrix that has no side of the vocabulary's length were a linear layer."""
+    count = 0
+    for tensor, rows, columns in model.matrices:
+        name = f".{tensor.removesuffix('.weight')}"
+        wanted = lora.targets == "all-linear" or any(name.endswith(f".{end}") for end in lora.targets)
+        if wanted and model.vocabulary not in (rows, columns):
+            count += lora.rank * (rows + columns)
+    return count
 
 
 def check(config: FusionConfig, graph: Graph) -> None:
@@ -177,7 +196,7 @@ def _memory_problem(config: FusionConfig, pivot: ModelSize) -> Iterator[str]:
     resources = config.resources.distill
     if resources.gpus or "offload_optimizer" in str(config.distill.deepspeed):
         return
-    state = training_state(config, pivot.parameters)
+    state = training_state(config, pivot)
     if resources.memory_gb is not None:
         room, what = resources.memory_gb * GIB, f"resources.distill.memory_gb is {resources.memory_gb:g}"
     elif config.resources.address is None:

@@ -46,7 +46,8 @@ class _PickedLogits(torch.autograd.Function):
         for rows in _chunks(len(hidden), chunk):
             logits = _logits(hidden[rows], weight, bias, softcap)
             picked[rows] = logits.gather(1, ids[rows])
-            sums[rows] = torch.logsumexp(logits, dim=1)
+            sums[rows] = _logsumexp_(logits)
+            del logits  # before the next chunk's are made
         ctx.save_for_backward(hidden, weight, bias, ids, sums)  # type: ignore[arg-type]  # torch takes None here
         ctx.chunk, ctx.softcap = chunk, softcap  # type: ignore[attr-defined]  # torch's own way to keep plain values
         return picked, sums
@@ -62,10 +63,11 @@ class _PickedLogits(torch.autograd.Function):
         grad_bias = torch.zeros(len(weight), dtype=sums.dtype, device=weight.device) if wants_bias else None
         for rows in _chunks(len(hidden), chunk):
             logits = _logits(hidden[rows], weight, bias, softcap)
-            grad = (logits - sums[rows, None]).exp_().mul_(grad_sums[rows, None])  # (chunk, V)
+            slope = None if softcap is None else 1.0 - (logits / softcap).square_()
+            grad = logits.sub_(sums[rows, None]).exp_().mul_(grad_sums[rows, None])  # (chunk, V)
             grad.scatter_add_(1, ids[rows], grad_picked[rows])
-            if softcap is not None:
-                grad.mul_(1.0 - (logits / softcap).square_())
+            if slope is not None:
+                grad.mul_(slope)
             narrow = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(narrow, weight, out=grad_hidden[rows])
@@ -76,6 +78,7 @@ class _PickedLogits(torch.autograd.Function):
                     grad_weight.add_(narrow.t() @ hidden[rows])
             if grad_bias is not None:
                 grad_bias.add_(grad.sum(0))
+            del logits, slope, grad, narrow
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -90,6 +93,13 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
     logits = torch.nn.functional.linear(hidden, weight, bias)  # (chunk, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def _logsumexp_(logits: Tensor) -> Tensor:
+    """torch.logsumexp over the rows of (chunk, V), to the same bits; it writes over the logits, as a second tensor of their size would double the peak."""
+    highest = logits.amax(1)
+    highest.masked_fill_(highest.isinf(), 0.0)
+    return logits.sub_(highest[:, None]).exp_().sum(1).log_().add_(highest)
 
 
 def _chunks(count: int, chunk: int) -> list[slice]:

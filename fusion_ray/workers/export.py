@@ -34,12 +34,17 @@ def gather_weights(model: PreTrainedModel, *, keep: bool) -> dict[str, Tensor]:
         elif id(value) in gathered:
             full = gathered[id(value)]
         else:
-            master = safe_get_full_fp32_param(value)
-            full = (value if master is None else master).detach().cpu()
+            full = full_weight(value)
             gathered[id(value)] = full if keep else full[:0]
         if keep:
             weights[name] = full
     return weights
+
+
+def full_weight(parameter: nn.Parameter) -> Tensor:
+    """The float32 master weights of a parameter that is trained, whole and on the CPU; collective."""
+    master = safe_get_full_fp32_param(parameter)
+    return (parameter if master is None else master).detach().cpu()
 
 
 def export(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path, *, pivot: Path, dtype: str) -> str:

@@ -21,14 +21,17 @@ from fusion_ray.records import Report
 from fusion_ray.store import Folder
 from fusion_ray.workers.export import export, gather_weights
 from fusion_ray.workers.figures import Clock, averages
+from fusion_ray.workers.lora import add_adapters, gather_adapters, merged_model
 from fusion_ray.workers.packing_check import check_packing
 from fusion_ray.workers.rows import Batch, Rows
 from fusion_ray.workers.schedule import Schedule, StepPlan, learning_rate
-from fusion_ray.workers.student import METRICS, load_student, vocabulary_rows
+from fusion_ray.workers.student import METRICS, Student, load_student, vocabulary_rows
 from fusion_ray.workers.training_state import Checkpoints, Progress
 from fusion_ray.workers.zero import count_parameters, partitioned_load, settle, start_engine
 
 logger = logging.getLogger(__name__)
+
+DIVERGED = 2.0  # times what guessing evenly costs, in nats a position: a model that learns stays far below
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ def train(
 ) -> dict[str, object]:
     """Train to the end from the newest checkpoint, export on rank 0, and return the run's facts (no times: equal runs give equal facts).
 
-    Collective over the process group. `report` is called on rank 0 after every step. Raises ValueError for rows or checkpoints that do not fit, for a
-    loss that is not finite, and for an export that is not the model.
+    Collective over the process group; a run that another number of ranks began goes on with the same global batches. `report` is called on rank 0 after
+    every step. Raises ValueError for rows or checkpoints that do not fit, for a loss that diverges or is not finite, and for an export that is not the model.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -70,6 +73,8 @@ def train(
             gradient_checkpointing=config.gradient_checkpointing,
             objective=_objective(config) if fuse else None,
         )
+    if config.lora is not None:
+        add_adapters(student.model, config.lora, seed=seed)
     rows = Rows(
         places.shards,
         cache=places.cache,
@@ -112,6 +117,12 @@ def train(
             raise ValueError(
                 f"the gradient of step {number + 1} is not finite; rows of the batch: {_names(rows, plan.rows)}. Lower distill.learning_rate or max_grad_norm"
             )
+        mean, guessing = averages(sums)["sft"], math.log(vocabulary_rows(student.model))
+        if mean > DIVERGED * guessing:
+            raise ValueError(
+                f"the loss of step {number + 1} has diverged: {mean:.4g} nats a position, where guessing evenly costs {guessing:.4g}; "
+                f"rows of the batch: {_names(rows, plan.rows)}. Lower distill.learning_rate, or remove them from the corpus"
+            )
         total = totals.setdefault(str(plan.epoch), dict.fromkeys(METRICS, 0.0))
         for name, value in sums.items():
             total[name] += value
@@ -125,10 +136,8 @@ def train(
             )
         if (number + 1) % config.checkpoint_every == 0 and number + 1 < schedule.steps:
             checkpoints.save(engine, Progress(number + 1, totals))
-    weights = gather_weights(student.model, keep=rank == 0)
-    dtype = _on_rank_0(
-        lambda: export(student.model, weights, Path(places.export), pivot=Path(places.pivot), dtype=config.export_dtype)
-    )
+    dtype = _export(student, places, config, trust_remote_code=trust_remote_code)
+    parameters, trained = count_parameters(student), count_parameters(student, trained=True)
     return {
         "steps": schedule.steps,
         "rows": len(rows),
@@ -139,10 +148,27 @@ def train(
         "packing": config.packing,
         "padding_share": padding[config.packing],
         "padding_share_otherwise": padding[not config.packing],  # with the other value of distill.packing
-        "parameters": count_parameters(student),
+        "parameters": parameters - (0 if config.lora is None else trained),  # as exported
+        "parameters_trained": trained,
         "dtype": dtype,
         "epochs": [averages(totals[str(epoch)]) for epoch in range(config.epochs)],
     }
+
+
+def _export(student: Student, places: Places, config: DistillConfig, *, trust_remote_code: bool) -> str:
+    """Collective: the model, with the adapters merged into it where there are any, as a plain folder; returns the name of its dtype."""
+    pivot, keep = places.pivot, dist.get_rank() == 0
+    adapters = {} if config.lora is None else gather_adapters(student.model, keep=keep)
+    weights = {} if config.lora is not None else gather_weights(student.model, keep=keep)
+
+    def write() -> str:
+        model, found = student.model, weights
+        if config.lora is not None:
+            model = merged_model(pivot, adapters, trust_remote_code=trust_remote_code)
+            found = gather_weights(model, keep=True)
+        return export(model, found, Path(places.export), pivot=Path(pivot), dtype=config.export_dtype)
+
+    return _on_rank_0(write)
 
 
 def _step(

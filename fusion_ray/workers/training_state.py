@@ -2,14 +2,19 @@
 
 A checkpoint is the folder `step-<step>-<attempt>` with DeepSpeed's files and, written last, `complete.json` with their sizes and sha256; folders without
 it do not count. The attempt is drawn anew each time, so that a worker that outlives its killed driver never writes into the files of the next run.
+
+Another number of ranks goes on through `universal-<drawn>`, a conversion of the newest whole checkpoint that is there while it is loaded and never used
+twice: what a killed one leaves behind is removed, not read. One rank converts and the others wait, so it must end within the process group's timeout.
 """
 
-import json
 import logging
 import secrets
+import shutil
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,14 +22,17 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from fusion_ray.store import Folder, file_sha256
+from fusion_ray.workers.universal import INFO, convert, load_universal, plain_values_only
 
 logger = logging.getLogger(__name__)
 
 COMPLETE = "complete.json"
 KEPT = 2
 TAG = "state"
+CONVERTED = "universal-"
 
 Totals = dict[str, float]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,10 @@ class Progress:
 
 
 class Checkpoints:
-    """Save and load the state of all ranks. `key` names what is trained on what (the artefact's key); `scratch` is a local folder of this rank."""
+    """Save and load the state of all ranks. `key` names what is trained on what (the artefact's key); `scratch` is a local folder of this rank.
+
+    `near` is where this rank reads checkpoints: the storage itself if it is local, else what `reader`, the first rank of this host, downloads there.
+    """
 
     def __init__(self, folder: Folder, *, scratch: Path, key: str, seed: int) -> None:
         self.folder = folder
@@ -45,13 +56,21 @@ class Checkpoints:
         self.seed = seed
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
+        hosts = _gathered((socket.gethostname(), str(scratch)))
+        self.reader = (
+            0 if folder.is_local else next(rank for rank, (host, _) in enumerate(hosts) if host == socket.gethostname())
+        )
+        self.near = Path(folder.path() if folder.is_local else hosts[self.reader][1])
 
     def save(self, engine: DeepSpeedEngine, progress: Progress) -> None:
         """Collective. Raises StoreError when the storage cannot be written."""
         name = f"step-{progress.step:08d}-{_shared(secrets.token_hex(4))}"
         root = Path(self.folder.path(name)) if self.folder.is_local else self.scratch / name
-        client_state = {"step": progress.step, "totals": progress.totals}
-        engine.save_checkpoint(str(root), tag=TAG, client_state=client_state, save_latest=False)
+        client_state = {"step": progress.step, "totals": progress.totals} | INFO
+        # What is not trained stays as the pivot has it, which the key names.
+        engine.save_checkpoint(
+            str(root), tag=TAG, client_state=client_state, save_latest=False, exclude_frozen_parameters=True
+        )
         dist.barrier()
         written = sorted(path for path in root.rglob("*") if path.is_file())
         files = {}
@@ -61,8 +80,7 @@ class Checkpoints:
             if not self.folder.is_local:
                 self.folder.put_file(f"{name}/{relative}", path)
                 path.unlink()
-        gathered: list[dict[str, dict[str, object]]] = [{} for _ in range(self.world_size)]
-        dist.all_gather_object(gathered, files)
+        gathered = _gathered(files)
         if self.rank == 0:
             merged = {file: facts for part in gathered for file, facts in part.items()}
             complete = {"step": progress.step, "key": self.key, "seed": self.seed, "world_size": self.world_size}
@@ -70,59 +88,95 @@ class Checkpoints:
             self._rotate(progress.step)
 
     def load(self, engine: DeepSpeedEngine) -> Progress | None:
-        """Collective: put the newest whole checkpoint into the (fresh) engine. None where there is none.
+        """Collective: put the newest whole checkpoint, of any number of ranks, into the (fresh) engine. None where there never was one.
 
-        Raises ValueError for a checkpoint of another model, config, seed or number of workers.
+        Raises ValueError, on every rank, for a checkpoint of another model, config or seed, and when all that there are have been damaged.
         """
-        name = _shared(self._newest() if self.rank == 0 else None)
-        if name is None:
-            return None
-        root = Path(self.folder.path(name)) if self.folder.is_local else self._download(name)
+        if self.rank == self.reader:
+            for left in self.near.glob(f"{CONVERTED}*"):
+                shutil.rmtree(left, ignore_errors=True)
+        damaged: dict[str, str] = {}
+        for name, complete in _shared(self._newest_first() if self.rank == 0 else []):
+            self._refuse_others(name, complete)
+            wrong = self._damaged(name, complete)
+            if wrong is None:
+                progress = self._enter(engine, name, complete)
+                if self.rank == 0:
+                    for superseded in damaged:
+                        self.folder.remove(superseded)
+                return progress
+            damaged[name] = wrong
+            if self.rank == 0:
+                logger.warning("checkpoint %s is damaged (%s): going back to the one before it", name, wrong)
+        if damaged:
+            found = ", ".join(f"{name} ({wrong} is missing or not what was saved)" for name, wrong in damaged.items())
+            raise ValueError(
+                f"none of the checkpoints in {self.folder.url} is whole: {found}; restore the files, or remove the folder to start over"
+            )
+        return None
+
+    def _newest_first(self) -> list[tuple[str, dict[str, object]]]:
+        """The complete checkpoints with their complete.json, which is empty where it cannot be parsed."""
+        found: list[tuple[str, dict[str, object]]] = []
+        for name in sorted(self._complete(), reverse=True):
+            try:
+                found.append((name, dict(self.folder.read_json(f"{name}/{COMPLETE}"))))
+            except ValueError:
+                found.append((name, {}))
+        return found
+
+    def _refuse_others(self, name: str, complete: Mapping[str, object]) -> None:
+        for what, value in {"key": self.key, "seed": self.seed}.items():
+            if complete and complete.get(what) != value:
+                raise ValueError(
+                    f"the checkpoint {self.folder.url}/{name} is of another run: its {what} is {complete.get(what)!r}, "
+                    f"this run has {value!r}; remove the folder to start over"
+                )
+
+    def _damaged(self, name: str, complete: Mapping[str, object]) -> str | None:
+        """Collective: the first file that is missing or not as complete.json has it, after which all of them are at `near`."""
+        if not complete:
+            return COMPLETE
+        files = complete["files"]
+        assert isinstance(files, dict)
+        mine = sorted(files)[self.rank :: self.world_size] if self.folder.is_local else sorted(files)
+        if not self.folder.is_local and self.rank != self.reader:
+            mine = []
+        wrong = next((file for file in mine if not self._whole(f"{name}/{file}", files[file])), None)
+        return next((file for file in _gathered(wrong) if file is not None), None)
+
+    def _whole(self, name: str, facts: Mapping[str, object]) -> bool:
+        path = self.near / name
+        if not self.folder.is_local and self.folder.exists(name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.fs.get_file(self.folder.path(name), str(path))
+        return path.is_file() and path.stat().st_size == facts["bytes"] and file_sha256(path) == facts["sha256"]
+
+    def _enter(self, engine: DeepSpeedEngine, name: str, complete: Mapping[str, object]) -> Progress:
         engine.checkpoint_engine = _WeightsOnly()
-        _, client_state = engine.load_checkpoint(str(root), tag=TAG)
+        if complete["world_size"] == self.world_size:
+            whole = all(parameter.requires_grad for parameter in engine.module.parameters())
+            _, client_state = engine.load_checkpoint(str(self.near / name), tag=TAG, load_module_strict=whole)
+        else:
+            client_state = self._enter_converted(engine, name, complete["world_size"])
+        dist.barrier()
+        if self.rank == self.reader and not self.folder.is_local:
+            shutil.rmtree(self.near / name)
         logger.info("going on from step %d (%s)", client_state["step"], name)
         return Progress(client_state["step"], client_state["totals"])
 
-    def _newest(self) -> str | None:
-        for name in sorted(self._complete(), reverse=True):
-            complete = self.folder.read_json(f"{name}/{COMPLETE}")
-            self._refuse_others(name, complete)
-            files = complete["files"]
-            assert isinstance(files, dict)
-            wrong = next((file for file, facts in files.items() if not self._whole(f"{name}/{file}", facts)), None)
-            if wrong is None:
-                return name
-            logger.warning("checkpoint %s is damaged (%s): going back to the one before it", name, wrong)
-        return None
-
-    def _refuse_others(self, name: str, complete: Mapping[str, object]) -> None:
-        expected = {"key": self.key, "seed": self.seed, "world_size": self.world_size}
-        for what, value in expected.items():
-            if complete.get(what) == value:
-                continue
-            cure = (
-                f"set resources.distill.max_workers to {complete.get(what)}, or remove the folder to start over"
-                if what == "world_size"
-                else "remove the folder to start over"
-            )
-            raise ValueError(
-                f"the checkpoint {self.folder.url}/{name} is of another run: its {what} is {complete.get(what)!r}, "
-                f"this run has {value!r}; {cure}"
-            )
-
-    def _whole(self, name: str, facts: object) -> bool:
-        assert isinstance(facts, dict)
-        path = self.folder.path(name)
-        if not self.folder.exists(name) or self.folder.fs.size(path) != facts["bytes"]:
-            return False
-        return not self.folder.is_local or file_sha256(path) == facts["sha256"]
-
-    def _download(self, name: str) -> Path:
-        for file in json.loads(self.folder.read_bytes(f"{name}/{COMPLETE}"))["files"]:
-            local = self.scratch / name / file
-            local.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.fs.get_file(self.folder.path(f"{name}/{file}"), str(local))
-        return self.scratch / name
+    def _enter_converted(self, engine: DeepSpeedEngine, name: str, ranks: object) -> dict[str, object]:
+        converted = self.near / f"{CONVERTED}{_shared(secrets.token_hex(4))}"
+        if self.rank == self.reader:
+            logger.info("converting %s, of %s ranks, for %d", name, ranks, self.world_size)
+            trained = [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+            convert(self.near / name / TAG, converted / TAG, trained)
+        dist.barrier()
+        client_state = load_universal(engine, converted, TAG)
+        dist.barrier()
+        if self.rank == self.reader:
+            shutil.rmtree(converted)
+        return client_state
 
     def _complete(self) -> list[str]:
         return [name.split("/")[0] for name in self.folder.names() if name.count("/") == 1 and name.endswith(COMPLETE)]
@@ -136,20 +190,22 @@ class Checkpoints:
 
 
 class _WeightsOnly(TorchCheckpointEngine):
-    """DeepSpeed's own reader, but no arbitrary pickle is run: tensors, plain values and the few classes of DeepSpeed that its states hold."""
+    """DeepSpeed's own reader, but no arbitrary pickle is run."""
 
     def load(self, path: str, map_location: torch.device | str | None = None) -> object:
-        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-        from deepspeed.runtime.zero.config import ZeroStageEnum
-        from deepspeed.utils.tensor_fragment import fragment_address
-
-        known = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-        with torch.serialization.safe_globals(known):
+        with plain_values_only():
             return torch.load(path, map_location=map_location, weights_only=True)
 
 
-def _shared(value: str | None) -> str | None:
+def _shared(value: T) -> T:
     """Rank 0's value on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def _gathered(value: T) -> list[T]:
+    """Every rank's value, by rank, on every rank."""
+    box = [value] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box

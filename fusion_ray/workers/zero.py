@@ -29,12 +29,12 @@ def settle(device: torch.device, threads: int) -> None:
         vars(deepspeed.ops)["__compatible_ops__"] = {}
 
 
-def zero_config(config: DistillConfig, *, parameters: int) -> dict[str, object]:
-    """The DeepSpeed config; the user's `distill.deepspeed` keys lie over it."""
-    bucket = max(1024, min(MAX_BUCKET, parameters))
+def zero_config(config: DistillConfig, *, parameters: int, trained: int) -> dict[str, object]:
+    """The DeepSpeed config; the user's `distill.deepspeed` keys lie over it. `trained` of the `parameters` have gradients to reduce."""
+    bucket, reduced = (max(1024, min(MAX_BUCKET, count)) for count in (parameters, trained))
     zero: dict[str, object] = {
         "stage": config.zero_stage,
-        "reduce_bucket_size": bucket,
+        "reduce_bucket_size": reduced,
         "allgather_bucket_size": bucket,
         "overlap_comm": False,
         "contiguous_gradients": True,
@@ -67,19 +67,23 @@ def start_engine(student: Student, config: DistillConfig) -> DeepSpeedEngine:
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
+        groups = [group for group in groups if group["params"]]  # adapters are matrices, all of them
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, foreach=False)
     engine, *_ = deepspeed.initialize(
         model=student,
         optimizer=optimizer,
-        config=zero_config(config, parameters=count_parameters(student)),
+        config=zero_config(
+            config, parameters=count_parameters(student), trained=count_parameters(student, trained=True)
+        ),
         dist_init_required=not dist.is_initialized(),
     )
     return engine
 
 
-def count_parameters(student: Student) -> int:
-    """Elements of the whole model, ZeRO-3's partitioned parameters included."""
-    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in student.parameters())
+def count_parameters(student: Student, *, trained: bool = False) -> int:
+    """Elements of the whole model, or of what is trained of it; ZeRO-3's partitioned parameters included."""
+    counted = [parameter for parameter in student.parameters() if parameter.requires_grad or not trained]
+    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in counted)
 
 
 @contextlib.contextmanager
@@ -88,7 +92,7 @@ def partitioned_load(config: DistillConfig) -> Iterator[None]:
     if config.zero_stage != 3:
         yield
         return
-    alive = HfDeepSpeedConfig(zero_config(config, parameters=MAX_BUCKET))  # noqa: F841  # a weak reference is what transformers keeps
+    alive = HfDeepSpeedConfig(zero_config(config, parameters=MAX_BUCKET, trained=MAX_BUCKET))  # noqa: F841  # a weak reference is what transformers keeps
     try:
         yield
     finally:

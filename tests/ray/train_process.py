@@ -10,14 +10,33 @@ from pathlib import Path
 os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import fsspec
 import torch.distributed as dist
+from deepspeed.checkpoint import ds_to_universal
+from fsspec.implementations.local import LocalFileSystem
 
 from fusion_ray.config import DistillConfig
 from fusion_ray.store import Folder
 from fusion_ray.workers.trainer import Places, train
 
 
+class Elsewhere(LocalFileSystem):
+    """A storage that is not local to `Folder`: its files are put and got, never opened in place."""
+
+    protocol = "elsewhere"
+
+    def __init__(self) -> None:
+        super().__init__(auto_mkdir=True)  # object stores have no folders
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.removeprefix("elsewhere://")))
+
+
 def main(task: dict) -> None:
+    fsspec.register_implementation("elsewhere", Elsewhere)
+    if task["kill_converting"]:
+        vars(ds_to_universal)["_save_optimizer_state_stage3"] = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     work, rank = Path(task["work"]), task["rank"]
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(task["world_size"])}
     dist.init_process_group("gloo", init_method=f"file://{task['store']}", rank=rank, world_size=task["world_size"])
@@ -33,7 +52,7 @@ def main(task: dict) -> None:
         shards=task["shards"],
         cache=str(work / "cache"),
         scratch=str(work / f"scratch-{rank}"),
-        checkpoints=Folder(task.get("checkpoints") or str(work / "checkpoints")),
+        checkpoints=Folder(task["checkpoints"] or str(work / "checkpoints")),
         export=str(work / "export"),
     )
     facts = train(places, DistillConfig.model_validate(task["config"]), key=task["key"], seed=7, report=report)

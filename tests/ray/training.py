@@ -83,11 +83,15 @@ def run_training(
     *,
     world_size: int = 1,
     key: str = "key",
+    checkpoints: str | None = None,
     stop_after: int | None = None,
+    kill_converting: bool = False,
 ) -> list[dict[str, object]]:
-    """Train in `world_size` new processes and return rank 0's reports; `work/export` is the model, `work/facts.json` what `train` returned.
+    """Train in `world_size` new processes and return rank 0's reports; `work/export` is the model, `work/facts.json` what `train` returned and
+    `work/stderr-<rank>.txt` what a rank logged.
 
-    `stop_after` kills every process with SIGKILL in the report of that step. Raises RuntimeError with the workers' errors.
+    `stop_after` kills rank 0 with SIGKILL in the report of that step, `kill_converting` in the middle of the conversion of a checkpoint of another
+    number of ranks; the other ranks fail then. Raises RuntimeError with the workers' errors.
     """
     work.mkdir(parents=True, exist_ok=True)
     task = {
@@ -96,7 +100,9 @@ def run_training(
         "shards": [str(path) for path in shards],
         "config": settings.model_dump(),
         "key": key,
+        "checkpoints": checkpoints,
         "stop_after": stop_after,
+        "kill_converting": kill_converting,
         "world_size": world_size,
         "store": str(work / f"rendezvous-{np.random.default_rng().integers(1 << 62)}"),
     }
@@ -113,8 +119,9 @@ def run_training(
         for rank in range(world_size)
     ]
     errors = [process.communicate(timeout=300)[1] for process in processes]
-    if stop_after is None and any(
-        process.returncode for process in processes
-    ):  # the ranks beside a killed one fail too
+    for rank, error in enumerate(errors):
+        (work / f"stderr-{rank}.txt").write_text(error)
+    killed = stop_after is not None or kill_converting
+    if not killed and any(process.returncode for process in processes):  # the ranks beside a killed one fail too
         raise RuntimeError("\n".join(errors))
     return [json.loads(line) for line in reports.read_text().splitlines()] if reports.exists() else []

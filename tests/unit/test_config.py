@@ -43,6 +43,12 @@ def test_minimal_config_takes_the_papers_defaults() -> None:
         ({"merge": {"methods": [{"method": "ties", "weight": "x"}]}}, ["`merge.methods.0.weight`: ", "given: 'x'"]),
         ({"merge": {"methods": [{"method": "ties", "lamda": 1}]}}, ["did you mean 'lambda'"]),
         ({"distill": {"lm_weight": 1.5}}, ["`distill.lm_weight`", "less than or equal to 1", "given: 1.5"]),
+        ({"distill": {"lora": {"rank": 0}}}, ["`distill.lora.rank`", "greater than or equal to 1", "given: 0"]),
+        ({"distill": {"lora": {"dropout": 1}}}, ["`distill.lora.dropout`", "less than 1"]),
+        ({"distill": {"lora": {"alpha": 0}}}, ["`distill.lora.alpha`", "greater than 0"]),
+        ({"distill": {"lora": {"targets": "q_proj"}}}, ["`distill.lora.targets`: Input should be 'all-linear'"]),
+        ({"distill": {"lora": {"targets": []}}}, ["`distill.lora.targets`", "at least 1 item"]),
+        ({"distill": {"lora": {"r": 8}}}, ["unknown key `distill.lora.r`", "rank"]),
         ({"sources": [{"name": "pivot", "path": "q"}]}, ["two models are named 'pivot'"]),
         ({"sources": [{"name": "sft", "path": "q"}]}, ["SFT-only control"]),
         ({"sources": [{"name": "../up", "path": "q"}]}, ["`sources.0.name`"]),
@@ -55,6 +61,19 @@ def test_bad_values_are_named_and_explained(change: dict[str, object], words: li
         parse_config(MINIMAL | change)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_lora_is_off_until_its_section_is_there(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL_YAML)
+    assert load_config(path).distill.lora is None
+    assert load_config(path, ["distill.lora=null"]).distill.lora is None
+    lora = load_config(path, ["distill.lora={}"]).distill.lora
+    assert lora is not None
+    assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (16, 32.0, 0.0, "all-linear")
+    lora = load_config(path, ["distill.lora.rank=4", "distill.lora.targets=[q_proj, mlp.up_proj]"]).distill.lora
+    assert lora is not None
+    assert (lora.rank, lora.targets) == (4, ("q_proj", "mlp.up_proj"))
+    assert all(field.description for field in type(lora).model_fields.values())
 
 
 def test_one_problem_is_told_once() -> None:

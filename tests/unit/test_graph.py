@@ -124,6 +124,18 @@ def test_packing_is_in_the_key_where_it_is_on(raw: dict[str, object], tmp_path: 
     assert packed.distill["a"].artifact.config["packing"] is True
 
 
+def test_lora_is_in_the_key_where_it_is_on(raw: dict[str, object], tmp_path: Path) -> None:
+    """So a checkpoint of a run without it, which lies in its artefact, is never found by a run with it, and the other way round."""
+    plain, off, low, high = (
+        graph_of(raw, tmp_path, distill={"sft_control": True} | lora)
+        for lora in ({}, {"lora": None}, {"lora": {"rank": 4}}, {"lora": {"rank": 8}})
+    )
+    assert not changed(plain, off)
+    assert "lora" not in plain.distill["a"].artifact.config
+    for before, after in ((plain, low), (low, high)):
+        assert {"distill:a", "distill:b", "distill:sft"} <= changed(before, after)
+
+
 def test_content_counts_not_place_or_time(raw: dict[str, object], tmp_path: Path) -> None:
     before = graph_of(raw, tmp_path)
     elsewhere = tmp_path / "moved"

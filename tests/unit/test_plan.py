@@ -43,8 +43,31 @@ def config_of(raw: dict[str, object], tmp_path: Path, *, distill: object = None,
 
 def test_the_state_of_training_is_what_zero_leaves_of_it(raw: dict[str, object], tmp_path: Path) -> None:
     two = config_of(raw, tmp_path, max_workers=2)
-    assert training_state(two, 100) == 100 * (4 + 6)
-    assert training_state(config_of(raw, tmp_path, distill={"zero_stage": 3}, max_workers=2), 100) == 100 * 8
+    pivot = ModelSize(100, 400, 8)
+    assert training_state(two, pivot) == 100 * (4 + 6)
+    assert training_state(config_of(raw, tmp_path, distill={"zero_stage": 3}, max_workers=2), pivot) == 100 * 8
+
+
+@pytest.mark.parametrize(("targets", "adapters"), [("all-linear", 2 * (6 + 4) + 2 * (4 + 6)), (["up"], 2 * (6 + 4))])
+def test_with_lora_only_the_adapters_have_gradients_and_moments(
+    raw: dict[str, object], tmp_path: Path, targets: object, adapters: int
+) -> None:
+    lora = {"rank": 2, "targets": targets}
+    tensors = {"embed.weight": (8, 4), "x.up.weight": (6, 4), "x.down.weight": (4, 6), "x.norm.weight": (4,)}
+    arrays = {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}
+    save_file(arrays, tmp_path / "pivot" / "model.safetensors")
+    pivot = model_size(str(tmp_path / "pivot"))
+    assert pivot is not None
+    assert pivot.parameters == 84
+    two = config_of(raw, tmp_path, distill={"lora": lora}, max_workers=2)
+    assert training_state(two, pivot) == 84 * 4 + adapters * (4 + 6)
+    sharded = config_of(raw, tmp_path, distill={"lora": lora, "zero_stage": 3}, max_workers=2)
+    assert training_state(sharded, pivot) == 84 * 2 + adapters * 8
+
+
+def test_lora_has_room_where_training_every_weight_has_none(raw: dict[str, object], tmp_path: Path) -> None:
+    assert len(found(config_of(raw, tmp_path, memory_gb=64))) == 1
+    assert found(config_of(raw, tmp_path, distill={"lora": {}}, memory_gb=64)) == []
 
 
 def test_no_room_is_said_with_the_setting_to_change(raw: dict[str, object], tmp_path: Path) -> None:

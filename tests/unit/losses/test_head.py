@@ -84,3 +84,16 @@ def test_half_precision_comes_out_in_float32() -> None:
     assert hidden.grad.dtype == torch.bfloat16
     wide = plain(hidden.float(), weight.float(), None, ids, None)
     assert torch.allclose(sums, wide[1], atol=0.05)
+
+
+@pytest.mark.parametrize("lift", [0.0, -torch.inf, torch.inf])
+def test_logsumexp_is_torchs_to_the_bit(lift: float) -> None:
+    """Computed over the logits themselves; impossible and infinite logits are what they are in torch."""
+    hidden, weight, bias, ids = tensors(torch.float32)
+    bias = bias.detach()
+    for lifted in (bias.index_fill(0, torch.tensor([2, 7]), 0.0), torch.full_like(bias, 0.0)):
+        given = torch.where(lifted == 0, lift, lifted)
+        picked, sums = picked_logits(hidden, weight, ids, bias=given, chunk=N)
+        want = plain(hidden, weight, given, ids, None)
+        assert torch.equal(sums, want[1])
+        assert torch.equal(picked, want[0])
