@@ -13,7 +13,7 @@ A step is collation, forward, backward, clipping and torch's AdamW. `step`: fusi
 ratios are medians over the repeats of the two times taken in turn, by the clock, `_processor` by the processor time of all threads, which says more where
 others had the cores. Memory is what a step takes at most above weights and optimizer state, in a process of its own for each side. `collate_share_of_step`
 is the time of collation, of which the trainer's is within the step, over the whole step's. `dense`: the same against targets (B, T, V), the logits of every
-position and softmax cross-entropy, all in float32; the loss of both is the same one. At 152,000 and --batch 4 that takes 16 GB. `collate`: positions a
+position and softmax cross-entropy, all in float32; the loss of both is the same one. At 152,000 and --batch 4 that takes 11 GB. `collate`: positions a
 second of one core's processor time, from the rows as the trainer opens them to batches; against the published loop over positions, which writes one
 tensor of the two that are published. `zero`: the trainer in processes over gloo, each with one core and one thread; tokens a second of ZeRO-2 with two over
 one, the same global batch of 8 rows of 1,024 in micro-batches of 4 rows at 32,000; and the losses of 20 steps of a tiny model at stages 1, 2 and 3 with two

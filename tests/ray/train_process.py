@@ -58,6 +58,7 @@ def main(task: dict) -> None:
     facts = train(places, DistillConfig.model_validate(task["config"]), key=task["key"], seed=7, report=report)
     if rank == 0:
         (work / "facts.json").write_text(json.dumps(facts))
+    dist.destroy_process_group()  # as Ray Train does; its threads must not outlive the interpreter
 
 
 if __name__ == "__main__":
