@@ -146,6 +146,13 @@ class DistillConfig(Section):
         None,
         description="train adapters only and merge them into the exported model; null trains every weight. Adapters want a larger learning_rate, about 1e-4",
     )
+    heldout_share: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="share of the conversations that no step trains on; bits per byte are measured on them",
+    )
+    heldout_every: int = Field(50, ge=1, description="optimizer steps between two measurements on the held-out rows")
     learning_rate: float = Field(5e-6, gt=0)
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -27,7 +27,7 @@ from fusion_ray.store import Artifact, Store
 Role = Literal["pivot", "source", "sft", "target", "fused"]
 
 # Settings that change how a target is trained, not what it becomes.
-_DISTILL_NOT_IN_KEY = {"checkpoint_every", "sft_control", "fusion", "branches"}
+_DISTILL_NOT_IN_KEY = {"checkpoint_every", "heldout_every", "sft_control", "fusion", "branches"}
 # Settings that only the fusion term reads: the SFT-only control is the same whatever they are.
 _FUSION_ONLY = {"lm_weight", "on_pivot_win", "divergence", "tail", "temperature"}
 SFT = "sft"
@@ -196,6 +196,8 @@ def _distill(
         left_out = left_out | {"packing"}
     if config.lora is None:  # likewise every weight
         left_out = left_out | {"lora"}
+    if not config.heldout_share:  # likewise every row
+        left_out = left_out | {"heldout_share"}
     settings = config.model_dump(mode="json", exclude=left_out) | {"seed": seed}
     inputs = {"rows": rows.key, "pivot": next(iter(prints.values()))}
     return Node("distill", branch, store.artifact("distill", MODEL_FORMAT, settings, inputs), (rows,))

@@ -40,6 +40,10 @@ class Clock:
             "peak_memory_bytes": peak_memory(),
         }
 
+    def restart(self) -> None:
+        """What was done since the last tick was no step: the next one begins now."""
+        self.last = time.monotonic()
+
 
 def peak_memory() -> int:
     """The most that this process has held: of the accelerator's memory where it has one, else of the machine's."""

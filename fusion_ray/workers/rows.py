@@ -1,9 +1,11 @@
 """Random access to the rows of aligned shards (or teacher rows, of which only ids and positions are used) and their collation. Called by workers/trainer.py.
 
 Parquet gives no cheap access to single rows, so each shard is written once as an uncompressed Arrow file into a cache folder on this machine's disk and
-memory-mapped from there by every rank: what a rank holds of a corpus is four numbers a row. Letters: B rows, T tokens, N predicting positions, K top-k.
+memory-mapped from there by every rank: what a rank holds of a corpus is four numbers a row, with their bytes five. Letters: B rows, T tokens, N predicting
+positions, K top-k.
 """
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from fusion_ray.records import top_k_of
 
 PLAIN = ("id", "ids", "position")
 TARGETS = ("has_target", "from_source", "topk_ids", "topk_logprobs")
+BYTES = (("byte_start", "byte_end"), ("bytes",))  # of teacher rows, of aligned rows
 ROWS_A_BLOCK = 1024
 
 
@@ -42,20 +45,30 @@ class Batch:
 class Rows:
     """The usable rows of the given shards, numbered from 0 in shard order.
 
-    A row is cut to `max_length` tokens; one without a predicting position after that is not usable. Counts: `cut`, `empty`.
+    A row is cut to `max_length` tokens; one without a predicting position after that is not usable. Counts: `cut`, `empty`. `with_bytes` also gives the
+    assistant bytes under the positions of each row (`bytes`, empty otherwise); where shards tell a row's sum alone (aligned rows), those of a cut row are
+    taken in proportion to its positions.
     Raises ValueError naming file and row for a shard of another kind, an id outside [0, vocabulary), or a position outside its row.
     """
 
     def __init__(
-        self, shards: Sequence[str | Path], *, cache: str | Path, vocabulary: int, max_length: int, targets: bool
+        self,
+        shards: Sequence[str | Path],
+        *,
+        cache: str | Path,
+        vocabulary: int,
+        max_length: int,
+        targets: bool,
+        with_bytes: bool = False,
     ) -> None:
         self.max_length = max_length
         self.targets = targets
+        self.with_bytes = with_bytes
         self.top_k = 0
         self.cut = 0
         self.empty = 0
         self._blocks: list[_Block] = []
-        where, lengths, counts = [], [], []
+        where, lengths, counts, sizes = [], [], [], []
         for shard in shards:
             path = self._cached(Path(shard), Path(cache))
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -69,10 +82,20 @@ class Rows:
                 where.append(np.stack([np.full(len(usable), len(self._blocks)), usable], axis=1))
                 lengths.append(length[usable])
                 counts.append(count[usable])
+                if with_bytes:
+                    sizes.append(block.bytes(max_length, count)[usable])
                 self._blocks.append(block)
         self._where = np.concatenate(where) if where else np.zeros((0, 2), np.int64)  # (rows, 2): block, row in it
         self.lengths = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
         self.positions = np.concatenate(counts) if counts else np.zeros(0, np.int64)
+        self.bytes = np.concatenate(sizes) if sizes else np.zeros(0)
+
+    def part(self, rows: np.ndarray) -> "Rows":
+        """The given rows alone, numbered from 0 in their order; `cut` and `empty` stay those of the shards."""
+        part = copy.copy(self)
+        part._where, part.lengths, part.positions = self._where[rows], self.lengths[rows], self.positions[rows]
+        part.bytes = self.bytes[rows] if self.with_bytes else self.bytes
+        return part
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -125,17 +148,20 @@ class Rows:
     def _cached(self, shard: Path, cache: Path) -> Path:
         """The shard as an Arrow file in `cache`, written now where it is not there yet; bool columns become bytes."""
         parquet = pq.ParquetFile(shard)
-        columns = PLAIN + TARGETS if self.targets else PLAIN
+        columns: tuple[str, ...] = PLAIN + TARGETS if self.targets else PLAIN
         missing = [name for name in columns if name not in parquet.schema_arrow.names]
         if missing:
             raise ValueError(
                 f"{shard} has no column {missing[0]!r}: it is not an artefact of the align stage; set distill.fusion to none to train without targets"
             )
+        if self.with_bytes:
+            columns += _byte_columns(shard, parquet.schema_arrow)
         top_k = top_k_of(parquet.schema_arrow)
         if self.targets and self.top_k not in (0, top_k):
             raise ValueError(f"{shard} holds top-{top_k} targets, the shards before it top-{self.top_k}: align again")
         self.top_k = top_k if self.targets else 0
-        target = cache / f"{shard.stem}-{'targets' if self.targets else 'plain'}.arrow"
+        kind = ("targets" if self.targets else "plain") + ("-bytes" if self.with_bytes else "")
+        target = cache / f"{shard.stem}-{kind}.arrow"
         if target.exists():
             return target
         cache.mkdir(parents=True, exist_ok=True)
@@ -151,6 +177,15 @@ class Rows:
 
 def _as_bytes(field: pa.Field) -> pa.Field:
     return field.with_type(pa.list_(pa.int8())) if field.type == pa.list_(pa.bool_()) else field
+
+
+def _byte_columns(shard: Path, schema: pa.Schema) -> tuple[str, ...]:
+    found = next((names for names in BYTES if all(name in schema.names for name in names)), None)
+    if found is None:
+        raise ValueError(
+            f"{shard} has no column {BYTES[1][0]!r}: it is not an artefact of the align or the teach stage; set distill.heldout_share to 0 to train without"
+        )
+    return found
 
 
 class _Block:
@@ -196,6 +231,16 @@ class _Block:
         lengths = np.minimum(np.diff(self.ids_offsets), max_length).astype(np.int64)
         inside = np.concatenate([[0], np.cumsum(self.position + 1 < max_length)])
         return lengths, inside[self.position_offsets[1:]] - inside[self.position_offsets[:-1]]
+
+    def bytes(self, max_length: int, count: np.ndarray) -> np.ndarray:
+        """Assistant bytes under each row's positions within max_length (rows,), of which there are `count`."""
+        if "bytes" in self.batch.schema.names:
+            whole = np.maximum(1, np.diff(self.position_offsets))
+            return np.asarray(self.batch.column("bytes").to_numpy() * (count / whole))
+        start, end = (_flat(self.batch, name)[0] for name in BYTES[0])
+        inside = np.where(self.position + 1 < max_length, end - start, 0).astype(np.int64)
+        sums = np.concatenate([[0], np.cumsum(inside)])
+        return (sums[self.position_offsets[1:]] - sums[self.position_offsets[:-1]]).astype(np.float64)
 
     def _check_ids(self, shard: Path, what: str, ids: np.ndarray, offsets: np.ndarray, vocabulary: int) -> None:
         if not len(ids) or (ids.min() >= 0 and ids.max() < vocabulary):

@@ -21,6 +21,7 @@ from fusion_ray.records import Report
 from fusion_ray.store import Folder
 from fusion_ray.workers.export import export, gather_weights
 from fusion_ray.workers.figures import Clock, averages
+from fusion_ray.workers.heldout import Heldout, hold_out
 from fusion_ray.workers.lora import add_adapters, gather_adapters, merged_model
 from fusion_ray.workers.packing_check import check_packing
 from fusion_ray.workers.rows import Batch, Rows
@@ -81,7 +82,13 @@ def train(
         vocabulary=vocabulary_rows(student.model),
         max_length=config.max_length,
         targets=fuse,
+        with_bytes=config.heldout_share > 0,
     )
+    heldout = None
+    if config.heldout_share:
+        rows, held = hold_out(rows, share=config.heldout_share, seed=seed)
+        lines = config.max_length if config.packing else None
+        heldout = Heldout(held, micro_batch_size=config.micro_batch_size, line_length=lines)
     schedule = _schedule(rows, config, world_size=world_size, seed=seed, packing=config.packing)
     # As one worker alone would read the rows, so that a run's facts do not depend on how many there are.
     padding = {
@@ -99,8 +106,10 @@ def train(
         "training from step %d to %d on %d rows, %.1f%% of a micro-batch is padding",
         *(progress.step, schedule.steps, len(rows), 100 * padding[config.packing]),
     )
-    clock = Clock(schedule.steps)
     student.train()
+    if heldout and not progress.step:
+        heldout.measure(engine, device, step=0, totals=totals)
+    clock = Clock(schedule.steps)
     for number in range(progress.step, schedule.steps):
         plan = schedule.step(number)
         rate = learning_rate(
@@ -126,14 +135,14 @@ def train(
         total = totals.setdefault(str(plan.epoch), dict.fromkeys(METRICS, 0.0))
         for name, value in sums.items():
             total[name] += value
+        bits: dict[str, float] = {}
+        ticked = clock.tick(number + 1, int(rows.lengths[plan.rows].sum()))
+        if heldout and heldout.due(number + 1, schedule.steps, every=config.heldout_every):
+            bits = heldout.measure(engine, device, step=number + 1, totals=totals)
+            clock.restart()
         if rank == 0:
-            tokens = int(rows.lengths[plan.rows].sum())
-            figures = {"epoch": plan.epoch, **averages(sums), "learning_rate": rate, "grad_norm": norm}
-            report(
-                {"done": number + 1, "total": schedule.steps, "unit": "steps"}
-                | figures
-                | clock.tick(number + 1, tokens)
-            )
+            figures = {"epoch": plan.epoch, **averages(sums), **bits, "learning_rate": rate, "grad_norm": norm}
+            report({"done": number + 1, "total": schedule.steps, "unit": "steps"} | figures | ticked)
         if (number + 1) % config.checkpoint_every == 0 and number + 1 < schedule.steps:
             checkpoints.save(engine, Progress(number + 1, totals))
     dtype = _export(student, places, config, trust_remote_code=trust_remote_code)
@@ -152,6 +161,7 @@ def train(
         "parameters_trained": trained,
         "dtype": dtype,
         "epochs": [averages(totals[str(epoch)]) for epoch in range(config.epochs)],
+        "heldout": heldout.facts(totals) if heldout else None,
     }
 
 

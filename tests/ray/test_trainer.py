@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from fusion_ray.workers.heldout import is_heldout
+
 
 def _helper(name: str, path: Path):  # type: ignore[no-untyped-def]  # a module
     spec = importlib.util.spec_from_file_location(name, path)
@@ -303,3 +305,30 @@ def test_a_loss_that_is_not_finite_and_one_that_diverges_name_the_rows(
     diverged = r"ValueError: the loss of step \d has diverged: .* where guessing evenly costs 6\.4.*; rows of the batch: ('row-\d+'(, )?){6}\."
     with pytest.raises(RuntimeError, match=diverged):
         training.run_training(tmp_path / "diverged", pivot, shards, settings)
+
+
+def test_held_out_rows_are_measured_and_never_trained_on(tmp_path: Path, pivot: Path, shards: list[Path]) -> None:
+    """Two ranks tell what one tells, resumed or not; the weights are those of a run whose shards lack the held-out rows."""
+    settings = training.config(heldout_share=0.25, heldout_every=2)
+    alone = training.run_training(tmp_path / "alone", pivot, shards, settings)
+    told = {line["done"]: line["heldout_bits_per_byte"] for line in alone if "heldout_bits_per_byte" in line}
+    assert list(told) == [step for step in range(1, len(alone) + 1) if step % 2 == 0 or step == len(alone)]
+    training.run_training(tmp_path / "two", pivot, shards, settings, world_size=2, stop_after=5)
+    after = training.run_training(tmp_path / "two", pivot, shards, settings, world_size=2)
+    for line in after:
+        if line["done"] in told:
+            assert line["heldout_bits_per_byte"] == pytest.approx(told[line["done"]], rel=1e-4)
+    facts = json.loads((tmp_path / "alone" / "facts.json").read_text())
+    kept = facts["heldout"]
+    assert facts["rows"] + kept["rows"] == 19  # one of the twenty has no predicting position
+    assert (kept["last_step"], kept["last_bits_per_byte"]) == (len(alone), told[len(alone)])
+
+    held = {f"row-{number}" for number in range(20) if is_heldout(f"row-{number}", share=0.25, seed=7)}
+    lacking = []
+    for number, path in enumerate(shards):
+        table = pq.read_table(path)
+        rows = [row for row in table.to_pylist() if row["id"] not in held]
+        lacking.append(tmp_path / f"shard-{number:05d}.parquet")
+        pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), lacking[-1])
+    training.run_training(tmp_path / "lacking", pivot, lacking, training.config())
+    assert sha256(tmp_path / "lacking") == sha256(tmp_path / "alone")

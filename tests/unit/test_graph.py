@@ -183,3 +183,12 @@ def test_graph_and_command_line_import_no_engine() -> None:
         "raise SystemExit(any(name in sys.modules for name in ('torch', 'ray', 'vllm', 'deepspeed', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_held_out_rows_enter_the_key_only_where_there_are_any(raw: dict[str, object], tmp_path: Path) -> None:
+    before = graph_of(raw, tmp_path)
+    every = {"sft_control": True, "heldout_every": 7}
+    assert changed(before, graph_of(raw, tmp_path, distill=every)) == set()
+    held = changed(before, graph_of(raw, tmp_path, distill=every | {"heldout_share": 0.1}))
+    assert {"distill:a", "distill:b", "distill:sft"} <= held
+    assert not any(name.startswith(("teach", "align")) for name in held)
