@@ -22,8 +22,10 @@ MATCH_WORDS: Mapping[str, str] = {
 }
 
 
-def training_curves(training: Mapping[str, Sequence[Mapping[str, float]]], losses: Mapping[str, str]) -> str:
-    """Loss by optimizer step, one panel a loss (`losses`: metric to its title), one line a branch; "" where there is nothing to draw."""
+def training_curves(
+    training: Mapping[str, Sequence[Mapping[str, float]]], losses: Mapping[str, tuple[str, str]]
+) -> str:
+    """Loss by optimizer step, one panel a loss (`losses`: metric to its title and unit), one line a branch; "" where there is nothing to draw."""
     branches = list(training)
     colour = alt.Color(
         "branch:N",
@@ -31,7 +33,7 @@ def training_curves(training: Mapping[str, Sequence[Mapping[str, float]]], losse
         legend=None,
     )
     panels = []
-    for metric, title in losses.items():
+    for metric, (title, unit) in losses.items():
         rows = [
             {"branch": branch, "step": step, "loss": loss}
             for branch, metrics in training.items()
@@ -48,14 +50,14 @@ def training_curves(training: Mapping[str, Sequence[Mapping[str, float]]], losse
             )
             .encode(
                 alt.X("step:Q", title="optimizer step", axis=alt.Axis(grid=False, tickMinStep=1)),
-                alt.Y("loss:Q", title="nats a position", scale=alt.Scale(zero=False)),
+                alt.Y("loss:Q", title=unit, scale=alt.Scale(zero=False)),
                 colour,
             )
             .properties(width=440, height=220, title=title)
         )
     if not panels:
         return ""
-    return inline_svg(alt.hconcat(*panels), f"Training losses by step for {', '.join(branches)}")
+    return inline_svg(alt.concat(*panels, columns=2), f"Training losses by step for {', '.join(branches)}")
 
 
 def _curve(metrics: Sequence[Mapping[str, float]], name: str) -> list[tuple[float, float]]:

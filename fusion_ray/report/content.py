@@ -116,7 +116,8 @@ class MergeWeight(TypedDict):
 class Extras(TypedDict, total=False):
     """What the page shows beyond report.json. Every part may be left out.
 
-    `training`: branch to the rows of its metrics.jsonl (`step`, `sft`, `fusion`, `distilled`: the share of positions under the fusion loss).
+    `training`: branch to the rows of its metrics.jsonl (`step`, `sft`, `fusion`, `distilled`: the share of positions under the fusion loss, and at some steps
+    `heldout_bits_per_byte`).
     `merges`: merge label to its weights. `alignment_examples`: source to rows. `paired`: model to category (or `overall`) to the paired bootstrap
     interval of the difference model - pivot over the same items. `judge`: model to turn (`turn 1`, `turn 2`, `both`) to the judge's mean score in 1..10.
     """

@@ -7,7 +7,11 @@ from fusion_ray.report import charts_process as charts
 from fusion_ray.report.content import Extras, MergeWeight
 from fusion_ray.report.svg import Style, legend
 
-LOSSES: Mapping[str, str] = {"sft": "SFT loss", "fusion": "fusion loss"}
+LOSSES: Mapping[str, tuple[str, str]] = {
+    "sft": ("SFT loss", "nats a position"),
+    "fusion": ("fusion loss", "nats a position"),
+    "heldout_bits_per_byte": ("held-out conversations", "bits per byte"),
+}
 
 
 def training(training: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
@@ -16,6 +20,8 @@ def training(training: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
         return '<p class="note">No training curves were recorded for this run.</p>'
     names = legend((branch, Style(charts.branch_colour(n), 2.4)) for n, branch in enumerate(training))
     caption = "Losses of each optimizer step's batch for every branch; the fusion loss over the positions that were distilled."
+    if any("heldout_bits_per_byte" in row for rows in training.values() for row in rows):
+        caption += " No step trains on the held-out conversations, which are the same for every branch."
     return f"<figure>{drawing}{names}<figcaption>{caption}</figcaption></figure>"
 
 

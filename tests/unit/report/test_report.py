@@ -392,3 +392,15 @@ def test_the_stages_say_which_statistics_were_reused():
     page = build_report_html({"run": "x", "stages": stages, "merges": merges})
     assert "The merge varm took the statistics of qwen3, neox from an earlier one." in page
     assert "merge sce took" not in page
+
+
+def test_held_out_conversations_have_a_panel_of_their_own_where_they_were_measured() -> None:
+    rows = [{"step": step, "sft": 2.0 / step, "fusion": 1.0, "distilled": 0.5} for step in range(1, 9)]
+    without = build_report_html({"run": "x"}, {"training": {"a": rows}})
+    assert "bits per byte" not in drawings(without)[0]
+    rows[3]["heldout_bits_per_byte"], rows[7]["heldout_bits_per_byte"] = 1.4, 1.2
+    page = build_report_html({"run": "x"}, {"training": {"a": rows}})
+    assert "held-out conversations" in drawings(page)[0]
+    assert "bits per byte" in drawings(page)[0]
+    assert "No step trains on the held-out conversations" in page
+    assert "No step trains on" not in without
