@@ -69,7 +69,7 @@ class Shard:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=GSM8K, help="folder with GSM8K's test.jsonl")
-    parser.add_argument("--work", type=Path, default=Path("runs/benchmarks/alignment_fidelity"))
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/benchmarks/alignment_fidelity")
     parser.add_argument("--rows", type=int, default=400, help="of each text")
     parser.add_argument("--methods", nargs="+", choices=sorted(METHODS), metavar="METHOD", help="these alone")
     given = parser.parse_args()

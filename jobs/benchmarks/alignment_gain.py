@@ -55,7 +55,7 @@ GOAL, RECOMMENDED = 0.9, "spans_shares_chain_k64"  # of the same-tokenizer gain,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=GSM8K, help="folder with GSM8K's train.jsonl and test.jsonl")
-    parser.add_argument("--work", type=Path, default=Path("runs/benchmarks/alignment_gain"))
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/benchmarks/alignment_gain")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=900)
     parser.add_argument("--epochs", type=int, default=5)

@@ -39,6 +39,7 @@ from merging_speed.settings import SETTINGS
 from merging_speed.sides import BENCHMARKS, MERGEKIT, mergekit, torch_loop
 from speed.line import Metric, line, median, metric
 
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("peers", "floor", "memory", "linearity", "stage")
 GOALS = {"linear": 4, "ties": 8, "dare": 8, "sce": 15}  # times faster than mergekit
 OURS_ALONE = ("varm", "sce_paper")
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, help="one part instead of all")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, help="these merges alone")
     parser.add_argument("--mergekit-python", type=Path, metavar="PATH", help="without it the peer is a torch loop")
-    parser.add_argument("--work", type=Path, default=Path("runs/benchmarks/merge"), help="models are kept here")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/benchmarks/merge", help="models are kept here")
     parser.add_argument("--out", type=Path, help="where merged models are written; default: --work")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--large", action="store_true", help="linearity also over models of 6.6 GB")
