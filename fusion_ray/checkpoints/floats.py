@@ -10,8 +10,9 @@ import numpy.typing as npt
 from numba import njit
 
 from fusion_ray.checkpoints.dtypes import NUMPY_DTYPES
+from fusion_ray.merging import vectors
 from fusion_ray.merging.blocks import CHUNK, Block, Floats, Inputs, Scratch
-from fusion_ray.merging.kernels import chunks_of, dot, dot_chunks, load
+from fusion_ray.merging.kernels import LANES, chunks_of, dot, dot_chunks, fold, load, prefetch
 
 Bits = npt.NDArray[np.uint16]
 _EXPONENT = np.uint32(0x7F800000)
@@ -68,32 +69,49 @@ def _narrow_bfloat16(
     values: Floats, inputs: Inputs, row: int, stored: Bits, squares: npt.NDArray[np.float64]
 ) -> tuple[np.int64, np.int64]:
     """Rounds to `stored`, and takes what `Cast` holds while a chunk is in the nearest cache: `squares` (rows, chunks of a row)."""
-    bits, room = values.view(np.uint32), np.empty((2, CHUNK), np.float32)
+    bits, room, lanes = values.view(np.uint32), np.empty((2, CHUNK), np.float32), np.empty(LANES, np.float64)
     moved, odd = np.int64(0), np.int64(0)
     for number in range(squares.shape[0]):
         for chunk in range(squares.shape[1]):
             start, stop = number * row + chunk * CHUNK, min(number * row + (chunk + 1) * CHUNK, (number + 1) * row)
-            of_values, of_stored = bits[start:stop], stored[start:stop]
-            base, written = room[0, : stop - start], room[1, : stop - start]
-            of_base, written_bits = base.view(np.uint32), written.view(np.uint32)
-            load(inputs, 0, start, base)
-            apart = np.uint32(0)
-            for i in range(of_values.size):
-                rounded = _rounded(of_values[i])
-                apart += np.uint32((of_values[i] & _EXPONENT) == _EXPONENT) | np.uint32(
-                    (rounded & _EXPONENT) == _EXPONENT
+            if inputs.bfloat16 and stop - start == CHUNK:
+                prefetch(inputs, 0, start)
+                found = vectors.narrow(
+                    values.ctypes.data + 4 * start,
+                    inputs.addresses[0] + 2 * start,
+                    stored.ctypes.data + 2 * start,
+                    lanes.ctypes.data,
                 )
-                written_bits[i] = rounded
-            odd += apart
-            for i in range(of_values.size):
-                of_stored[i] = np.uint16(written_bits[i] >> np.uint32(16))
-            apart = np.uint32(0)
-            for i in range(of_values.size):
-                base_rounded = _rounded(of_base[i])
-                both_zero = ((written_bits[i] | base_rounded) & np.uint32(0x7FFFFFFF)) == np.uint32(0)  # -0 is 0
-                apart += np.uint32(written_bits[i] != base_rounded) & np.uint32(not both_zero)
-            moved += apart
-            for i in range(written.size):
-                written[i] -= base[i]
+                moved += found & np.int64(0xFFFFFFFF)
+                odd += found >> np.int64(32)
+                squares[number, chunk] = fold(lanes)
+                continue
+            base, written = room[0, : stop - start], room[1, : stop - start]
+            load(inputs, 0, start, base)
+            of_moved, of_odd = _narrow_chunk(bits[start:stop], base, written, stored[start:stop])
+            moved += of_moved
+            odd += of_odd
             squares[number, chunk] = dot(written, written)
+    return moved, odd
+
+
+@njit(cache=True, nogil=True)
+def _narrow_chunk(
+    of_values: npt.NDArray[np.uint32], base: Floats, written: Floats, of_stored: Bits
+) -> tuple[np.uint32, np.uint32]:
+    """One chunk; `written` becomes what it differs from the base by."""
+    of_base, written_bits = base.view(np.uint32), written.view(np.uint32)
+    moved, odd = np.uint32(0), np.uint32(0)
+    for i in range(of_values.size):
+        rounded = _rounded(of_values[i])
+        odd += np.uint32((of_values[i] & _EXPONENT) == _EXPONENT) | np.uint32((rounded & _EXPONENT) == _EXPONENT)
+        written_bits[i] = rounded
+    for i in range(of_values.size):
+        of_stored[i] = np.uint16(written_bits[i] >> np.uint32(16))
+    for i in range(of_values.size):
+        base_rounded = _rounded(of_base[i])
+        both_zero = ((written_bits[i] | base_rounded) & np.uint32(0x7FFFFFFF)) == np.uint32(0)  # -0 is 0
+        moved += np.uint32(written_bits[i] != base_rounded) & np.uint32(not both_zero)
+    for i in range(written.size):
+        written[i] -= base[i]
     return moved, odd

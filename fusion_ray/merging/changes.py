@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from fusion_ray.merging import vectors
 from fusion_ray.merging.blocks import CHUNK, Blocks, Doubles, Floats, Inputs, exact_sum
-from fusion_ray.merging.kernels import LANES, chunks_of, fold, load, load_delta
+from fusion_ray.merging.kernels import LANES, chunks_of, fold, load, load_delta, prefetch
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,19 @@ def _measure(inputs: Inputs, size: int, squares: Doubles, absolutes: Doubles, mo
         start = chunk * CHUNK
         count = min(CHUNK, size - start)
         base, delta = room[0, :count], room[1, :count]
-        load(inputs, 0, start, base)
+        as_vectors = inputs.bfloat16 and count == CHUNK
+        if as_vectors:
+            prefetch(inputs, 0, start)
+        else:
+            load(inputs, 0, start, base)
         for j in range(squares.shape[0]):
-            load_delta(inputs, j, start, base, delta)
-            moved[j] += _sum_changes(delta, lanes)
+            if as_vectors:
+                prefetch(inputs, j + 1, start)
+                of_base, of_target = inputs.addresses[0] + 2 * start, inputs.addresses[j + 1] + 2 * start
+                moved[j] += vectors.sum_changes(of_base, of_target, lanes[0].ctypes.data, lanes[1].ctypes.data)
+            else:
+                load_delta(inputs, j, start, base, delta)
+                moved[j] += _sum_changes(delta, lanes)
             squares[j, chunk], absolutes[j, chunk] = fold(lanes[0]), fold(lanes[1])
 
 

@@ -40,12 +40,19 @@ def _prefetch(typing_context, address):  # type: ignore[no-untyped-def]  # compi
 
 
 @njit(cache=True, nogil=True)
+def prefetch(inputs: Inputs, model: int, start: int) -> None:
+    """Ask for the chunk of bfloat16 after the one at `start`."""
+    after = inputs.addresses[model] + 2 * (start + CHUNK)
+    for line in range(0, 2 * CHUNK, 64):
+        _prefetch(after + line)
+
+
+@njit(cache=True, nogil=True)
 def load(inputs: Inputs, model: int, start: int, out: Floats) -> None:
     """out = the elements of one model (0: the base) from `start` on, as many as it has room for, in float32."""
     if inputs.bfloat16:
+        prefetch(inputs, model, start)
         address = inputs.addresses[model] + 2 * start
-        for line in range(0, 2 * CHUNK, 64):
-            _prefetch(address + 2 * CHUNK + line)
         stored = carray(_as_pointer(address), out.size, np.uint16)
         bits = out.view(np.uint32)
         for i in range(out.size):

@@ -150,7 +150,6 @@ def merge_shard(
             for tensor, merged in results:
                 if merged is not None:
                     done[tensor.name] = merged
-                writer.hash_up_to(tensor.name)
                 progress(tensor.name)
     return done, writer.sha256
 

@@ -6,7 +6,8 @@
     .venv/bin/python jobs/benchmarks/merge.py --only peers --settings sce --repeats 1
 
 A pivot and three targets of 207M parameters (395 MiB each), made once into --work and kept, and the same with every matrix four times as large: 8.3 GB.
-Files are read before each pair of runs, so they come from the page cache; `read_from_disk_mb` says where they did not. Outputs go to --out (the disk of
+Files are read before each pair of runs, so they come from the page cache; `read_from_disk_mb` says where they did not. What a run wrote is on the disk
+before the next one starts: ours writes past the page cache and waits for the disk, mergekit leaves that to the system. Outputs go to --out (the disk of
 --work) and are removed. Both sides have the same merge file (float32 arithmetic, bfloat16 output, FuseChat's weights and densities); mergekit gets no
 options: no trial of it with --lazy-unpickle, --async-write or dtype: bfloat16 was clearly faster. Times are by the clock, medians of the repeats, sides in
 turn, and hold only where nothing else has the cores; `processor_seconds` of all threads say more where something has.

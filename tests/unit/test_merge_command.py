@@ -332,7 +332,7 @@ if moment == "while measuring":
 elif moment == "between shards":
     killed_before(merge_units, "merge_shard", lambda models, unit, *others: unit.file == shard)
 elif moment == "within a shard":
-    killed_before(ShardWriter, "hash_up_to", lambda writer, name: shard in str(writer._path))
+    killed_before(ShardWriter, "write", lambda writer, name, *others: shard in str(writer._path))
 elif moment == "before a shard is recorded":
     killed_before(Folder, "write_json", lambda folder, name, value: name == f"_units/{shard}.json")
 elif moment == "before the manifest":

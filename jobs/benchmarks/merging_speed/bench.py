@@ -1,5 +1,6 @@
 """Merges of one benchmark: where models and outputs are, who merges, and every run that was timed. Called by `merge.py`."""
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,12 +37,15 @@ class Bench:
 
     def merge(self, side: Side, name: str, models: Mapping[str, Path]) -> Finished:
         """One timed merge into `out/SIDE`, which is left there. `ready` first."""
-        done = side.merge(self.config(name, models), self.out / side.name)
+        config = self.config(name, models)
+        os.sync()  # what the run before wrote is not this one's to wait for
+        done = side.merge(config, self.out / side.name)
         self.timed.append(done)
         progress(f"{name} by {side.name}: {done.seconds:.2f} s, {done.processor:.2f} s of processor time")
         return done
 
     def floor(self, models: Mapping[str, Path]) -> Finished:
+        os.sync()
         done = read_and_write(models, self.out / "floor")
         self.timed.append(done)
         progress(f"floor: {done.seconds:.2f} s, {done.processor:.2f} s of processor time")
