@@ -16,6 +16,7 @@ from fusion_ray.config import ConfigError, is_url
 
 # Files that decide what a model says; weights in safetensors only (design.md section 8).
 MODEL_SUFFIXES = (".json", ".jinja", ".safetensors", ".model", ".txt", ".py", ".tiktoken")
+CARD = "README.md"  # decides nothing, and says the licence
 
 
 def fingerprint_model(path: str, revision: str | None = None) -> str:
@@ -45,14 +46,14 @@ def local_folder(path: str, revision: str | None = None) -> str:
         from huggingface_hub import snapshot_download  # slow to import, needed for hub ids alone
 
         _hub_commit(path, revision)
-        return str(
-            snapshot_download(path, revision=revision, allow_patterns=[f"*{suffix}" for suffix in MODEL_SUFFIXES])
-        )
+        patterns = [*(f"*{suffix}" for suffix in MODEL_SUFFIXES), CARD]
+        return str(snapshot_download(path, revision=revision, allow_patterns=patterns))
     fs, root = fsspec.core.url_to_fs(path)
     target = Path(tempfile.gettempdir()) / "fusion_ray" / "models" / fingerprint_model(path)[:32]
     for name in fs.find(root):
         local = target / str(name)[len(root) + 1 :]
-        if not _decides(str(name)) or (local.exists() and local.stat().st_size == fs.size(name)):
+        wanted = _decides(str(name)) or name == f"{root}/{CARD}"
+        if not wanted or (local.exists() and local.stat().st_size == fs.size(name)):
             continue
         local.parent.mkdir(parents=True, exist_ok=True)
         temporary = f"{local}.tmp-{os.getpid()}"

@@ -45,6 +45,7 @@ def connected(resources: ResourcesConfig) -> Iterator[None]:
         if "RAY_AUTH_MODE" not in os.environ:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         ray.init(
+            address="local",  # without it Ray joins a cluster that somebody left running on this machine, and refuses the sizes
             num_cpus=resources.num_cpus,
             object_store_memory=int(resources.object_store_gb * (1 << 30)),
             include_dashboard=False,

@@ -1,8 +1,9 @@
 """distill: the pivot fine-tuned to one source's target by a Ray Train worker group with DeepSpeed (design.md section 6). Called by pipeline.py.
 
 `out` ends as a plain Hugging Face folder with `metrics.jsonl` (one line a step), `training.json` and TensorBoard's files; the figures are Ray metrics too.
-While it runs, `out/_work` holds the checkpoints and the metrics; a run whose driver, node or worker died goes on from the last checkpoint when the stage is
-called again. Several may run side by side in threads of one driver: nothing here is global but the settings of Ray Train below.
+While it runs, `out/_work` holds the checkpoints and the metrics; a run whose driver died goes on from the last checkpoint when the stage is called again, one
+whose worker or node died does so by itself. Where it is announced that a node will be taken (a spot machine, a drained one), the training is saved at once.
+Several may run side by side in threads of one driver: nothing here is global but the settings of Ray Train below.
 """
 
 import contextlib
@@ -14,22 +15,25 @@ import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import ray
 import ray.train
+import yaml
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import RayTrainCallback
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from fusion_ray.config import DistillConfig, ModelConfig, WorkerResources
-from fusion_ray.models import local_folder
+from fusion_ray.models import CARD, local_folder
 from fusion_ray.records import Report
 from fusion_ray.stages.gauges import Gauges
 from fusion_ray.store import UNITS, Artifact, Folder, Manifest, StoreError
 from fusion_ray.workers.metrics_log import MetricsLog, last_line
+from fusion_ray.workers.model_card import Ancestor, licence_in, target_card
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +48,7 @@ TRAIN_ENV = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
-CPU_ENV = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+ALONE_ENV = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # the only node there is: nobody announces that it goes
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Task:
     out: Artifact
     rows: Artifact
     pivot: ModelConfig
+    sources: tuple[ModelConfig, ...]
     config: DistillConfig
     seed: int
     threads: int
@@ -65,12 +70,13 @@ def distill(
     rows: Artifact,
     *,
     pivot: ModelConfig,
+    sources: Sequence[ModelConfig] = (),
     config: DistillConfig,
     seed: int,
     resources: WorkerResources,
     report: Report,
 ) -> Manifest:
-    """Train on `rows` (an align artefact; with config.fusion "none" a teach artefact of the pivot does) and seal `out`.
+    """Train on `rows` (an align artefact; with config.fusion "none" a teach artefact of the pivot does) and seal `out`. `sources` are for its card.
 
     Raises ValueError for rows, a checkpoint or a loss that do not allow it (workers/trainer.py), StoreError for the storage, and Ray Train's
     TrainingFailedError when workers die more often than MAX_WORKER_DEATHS.
@@ -79,7 +85,7 @@ def distill(
         return out.manifest()
     if out.unit(FACTS) is None:  # committed last: with it, everything is
         logger.info("distill %s: %d rows, %d workers", out.key, rows.manifest().rows, resources.max_workers)
-        task = Task(out, rows, pivot, config, seed, max(1, int(resources.cpus)), resources.gpus > 0)
+        task = Task(out, rows, pivot, tuple(sources), config, seed, max(1, int(resources.cpus)), resources.gpus > 0)
         _train(task, resources, report)
     names = [name.removeprefix(f"{UNITS}/").removesuffix(".json") for name in out.names(UNITS)]
     units = [unit for name in names if (unit := out.unit(name)) is not None]
@@ -90,9 +96,10 @@ def distill(
 
 
 def _train(task: Task, resources: WorkerResources, report: Report) -> None:
-    for name, value in (TRAIN_ENV if task.on_gpu else TRAIN_ENV | CPU_ENV).items():
+    alone = not task.on_gpu and sum(node["Alive"] for node in ray.nodes()) == 1
+    for name, value in (TRAIN_ENV | ALONE_ENV if alone else TRAIN_ENV).items():
         os.environ.setdefault(name, value)
-    trainer = (TorchTrainer if task.on_gpu else _LeanTrainer)(
+    trainer = (_LeanTrainer if alone else TorchTrainer)(
         _work,
         train_loop_config={"task": task},
         torch_config=TorchConfig(backend="nccl" if task.on_gpu else "gloo"),
@@ -112,7 +119,8 @@ def _train(task: Task, resources: WorkerResources, report: Report) -> None:
 
 
 class _LeanTrainer(TorchTrainer):
-    """A CPU group without Ray Train's two watchers, each of them a process that imports torch: of a start of 14 s on two cores they take two.
+    """A group on a cluster of one node without Ray Train's two watchers, each of them a process that imports torch: of a start of 14 s on two cores they
+    take two.
 
     The cleaner removes the placement group of a controller that died alone, through a dashboard that local clusters do not run.
     """
@@ -197,18 +205,32 @@ def _work(train_loop_config: dict[str, Task]) -> dict[str, str]:
             trust_remote_code=task.pivot.trust_remote_code,
             threads=task.threads,
             report=tell,
+            notice=lambda: ray.train.get_preemption_info() is not None,
         )
     except ValueError as error:
         return {"error": str(error)}
     if rank == 0:
         metrics.close()
         board.close()
+        (Path(places.export) / CARD).write_text(_card(task, places.pivot), encoding="utf-8")
         out.commit_folder(places.export)
         out.commit_bytes(METRICS, out.read_bytes(f"{WORK}/{METRICS}"), rows=int(str(facts["steps"])))
         out.commit_bytes(FACTS, (json.dumps(facts, indent=1, sort_keys=True) + "\n").encode())
     if context.get_local_rank() == 0:  # after train, no rank of this node reads there any more
         shutil.rmtree(local, ignore_errors=True)
     return {}
+
+
+def _card(task: Task, pivot_folder: str) -> str:
+    """The pivot's licence stands in its folder here; a source's where it is a folder that this machine sees."""
+
+    def ancestor(model: ModelConfig, role: str, folder: str, key: str = "") -> Ancestor:
+        reference = None if os.path.isdir(model.path) else model.path
+        return Ancestor(model.name, role, reference, model.revision, licence_in(folder), key)
+
+    pivot = ancestor(task.pivot, "pivot", pivot_folder, task.out.inputs.get("pivot", ""))
+    sources = [ancestor(source, "source", source.path) for source in task.sources]
+    return target_card(pivot, sources, yaml.safe_dump({"rows": task.rows.key, **task.out.config}))
 
 
 def _per_worker(resources: WorkerResources) -> dict[str, float]:

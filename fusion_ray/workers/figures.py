@@ -26,6 +26,7 @@ class Clock:
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self.last = time.monotonic()
+        self.asked = self.last
         self.mean = math.nan
         self.ticks = 0
 
@@ -39,6 +40,14 @@ class Clock:
             "eta_seconds": self.mean * (self.steps - step),
             "peak_memory_bytes": peak_memory(),
         }
+
+    def asks(self, *, every: float) -> bool:
+        """True once in so many seconds."""
+        now = time.monotonic()
+        if now - self.asked < every:
+            return False
+        self.asked = now
+        return True
 
     def restart(self) -> None:
         """What was done since the last tick was no step: the next one begins now."""

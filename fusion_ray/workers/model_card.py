@@ -1,24 +1,26 @@
-"""README.md of a merged model: what it is made of, as the hub's model cards say it (front matter) and in words. Called by `merge_files.py`.
+"""README.md of a target or a merged model: what it is made of, as the hub's model cards say it (front matter) and in words. Called by `merge_files.py` and
+`stages/distill.py`.
 
 Lineage is the names, revisions, licences and keys of the models; where a model is a local folder its path is nobody else's business and is left out.
-Equal merges have equal cards.
+Equal models have equal cards.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 
 from fusion_ray.checkpoints.reader import Checkpoint
 from fusion_ray.config import is_url
+from fusion_ray.models import CARD
 
-CARD = "README.md"
 UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
 class Ancestor:
-    """One model that went into a merge. `reference` is its hub id or URL, None for a local folder; `key` what tells its content, empty where nothing does."""
+    """One model that went into another. `reference` is its hub id or URL, None for a local folder; `key` what tells its content, empty where nothing does."""
 
     name: str
     role: str
@@ -30,9 +32,17 @@ class Ancestor:
 
 def licence_of(model: Checkpoint) -> str:
     """What the front matter of its README.md calls `license` (with `license_name` where it is `other`), else UNKNOWN."""
-    if CARD not in model.files.names():
-        return UNKNOWN
-    front = front_matter(model.files.read(CARD).decode(errors="replace"))
+    return _licence(model.files.read(CARD)) if CARD in model.files.names() else UNKNOWN
+
+
+def licence_in(folder: str) -> str:
+    """Likewise of a folder on this machine; UNKNOWN where there is none."""
+    card = Path(folder) / CARD
+    return _licence(card.read_bytes()) if card.is_file() else UNKNOWN
+
+
+def _licence(card: bytes) -> str:
+    front = front_matter(card.decode(errors="replace"))
     licence, name = front.get("license"), front.get("license_name")
     if licence == "other" and name:
         licence = name
@@ -54,26 +64,43 @@ def front_matter(text: str) -> Mapping[str, object]:
 
 def merge_card(method: str, ancestors: Sequence[Ancestor], recipe: str) -> str:
     """`recipe` is the text of the settings, as YAML."""
+    beside = "`merge_report.json` beside this file holds the weights by matrix and layer, and how far every model and the merge lie from the base."
+    return _card(f"A merge by `{method}`", "merge", ancestors, ancestors, beside, recipe)
+
+
+def target_card(pivot: Ancestor, sources: Sequence[Ancestor], settings: str) -> str:
+    """A pivot that was trained; without sources on the text alone. `settings` as YAML."""
+    title = " and ".join(each.name for each in sources)
+    title = f"{pivot.name}, distilled from {title}" if sources else f"{pivot.name}, fine-tuned"
+    beside = (
+        "`metrics.jsonl` beside this file holds the loss and its parts step by step, `training.json` what was read."
+    )
+    return _card(title, "finetune", [pivot], [pivot, *sources], beside, settings)
+
+
+def _card(
+    title: str, relation: str, bases: Sequence[Ancestor], ancestors: Sequence[Ancestor], beside: str, settings: str
+) -> str:
     licences = sorted({each.licence for each in ancestors})
     front: dict[str, object] = {
-        "base_model": [each.reference for each in ancestors if each.reference and not is_url(each.reference)],
-        "base_model_relation": "merge",
+        "base_model": [each.reference for each in bases if each.reference and not is_url(each.reference)],
+        "base_model_relation": relation,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["merge", "fusion_ray"],
+        "tags": ["merge", "fusion_ray"] if relation == "merge" else ["fusion_ray"],
     }
     if not front["base_model"]:
         del front["base_model"]
     if len(licences) == 1 and licences[0] != UNKNOWN:
         front["license"] = licences[0]
-    fence = "```" if "```" not in recipe else "~~~~~~"  # a chat template may hold one
+    fence = "```" if "```" not in settings else "~~~~~~"  # a chat template may hold one
     return "\n".join(
         [
             "---",
             yaml.safe_dump(front, sort_keys=False).strip(),
             "---",
             "",
-            f"# A merge by `{method}`",
+            f"# {title}",
             "",
             "Made by fusion_ray from these models:",
             "",
@@ -82,10 +109,10 @@ def merge_card(method: str, ancestors: Sequence[Ancestor], recipe: str) -> str:
             *map(_row, ancestors),
             "",
             *_on_licences(licences),
-            "`merge_report.json` beside this file holds the weights by matrix and layer, and how far every model and the merge lie from the base.",
+            beside,
             "",
             f"{fence}yaml",
-            recipe.strip(),
+            settings.strip(),
             fence,
             "",
         ]
@@ -103,9 +130,9 @@ def _on_licences(licences: Sequence[str]) -> list[str]:
         return []
     known = [licence for licence in licences if licence != UNKNOWN]
     if UNKNOWN not in licences:
-        said = f"The models have different licences ({', '.join(known)}): the merge is subject to all of them."
+        said = f"The models have different licences ({', '.join(known)}): this one is subject to all of them."
     elif known:
-        said = f"Not every model says its licence (known: {', '.join(known)}): find out before you pass the merge on."
+        said = f"Not every model says its licence (known: {', '.join(known)}): find out before you pass this one on."
     else:
-        said = "No model says its licence: find out before you pass the merge on."
+        said = "No model says its licence: find out before you pass this one on."
     return [f"**Licence.** {said}", ""]

@@ -32,6 +32,9 @@ from fusion_ray.workers.zero import count_parameters, partitioned_load, settle, 
 
 logger = logging.getLogger(__name__)
 
+NOTICE_SECONDS = (
+    2.0  # between two questions whether a machine is about to be taken; clouds say it half a minute before, or two
+)
 DIVERGED = 2.0  # times what guessing evenly costs, in nats a position: a model that learns stays far below
 
 
@@ -56,11 +59,14 @@ def train(
     trust_remote_code: bool = False,
     threads: int = 1,
     report: Report,
+    notice: Callable[[], bool] = lambda: False,
 ) -> dict[str, object]:
     """Train to the end from the newest checkpoint, export on rank 0, and return the run's facts (no times: equal runs give equal facts).
 
     Collective over the process group; a run that another number of ranks began goes on with the same global batches. `report` is called on rank 0 after
-    every step. Raises ValueError for rows or checkpoints that do not fit, for a loss that diverges or is not finite, and for an export that is not the model.
+    every step. `notice` is asked now and then, after a step and on every rank together: when it first says that the machine of one of them is about to be
+    taken, the step is saved at once. Raises ValueError for rows or checkpoints that do not fit, for a loss that diverges or is not finite, and for an export
+    that is not the model.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -109,7 +115,7 @@ def train(
     student.train()
     if heldout and not progress.step:
         heldout.measure(engine, device, step=0, totals=totals)
-    clock = Clock(schedule.steps)
+    clock, warned = Clock(schedule.steps), False
     for number in range(progress.step, schedule.steps):
         plan = schedule.step(number)
         rate = learning_rate(
@@ -120,7 +126,8 @@ def train(
             schedule=config.schedule,
         )
         torch.manual_seed((seed * 1_000_003 + number) * 4096 + rank)  # dropout, where a model has it
-        sums = _step(engine, rows, plan, rate=rate, rank=rank, device=device)
+        ask = not warned and rank == 0 and clock.asks(every=NOTICE_SECONDS)
+        sums, ask = _step(engine, rows, plan, rate=rate, rank=rank, device=device, ask=ask)
         norm = float(engine.get_global_grad_norm())
         if not math.isfinite(norm):
             raise ValueError(
@@ -143,7 +150,11 @@ def train(
         if rank == 0:
             figures = {"epoch": plan.epoch, **averages(sums), **bits, "learning_rate": rate, "grad_norm": norm}
             report({"done": number + 1, "total": schedule.steps, "unit": "steps"} | figures | ticked)
-        if (number + 1) % config.checkpoint_every == 0 and number + 1 < schedule.steps:
+        is_due = (number + 1) % config.checkpoint_every == 0
+        if ask and notice():
+            warned = is_due = True
+            logger.warning("a machine of this training is about to be taken: saving step %d", number + 1)
+        if is_due and number + 1 < schedule.steps:
             checkpoints.save(engine, Progress(number + 1, totals))
     dtype = _export(student, places, config, trust_remote_code=trust_remote_code)
     parameters, trained = count_parameters(student), count_parameters(student, trained=True)
@@ -182,28 +193,30 @@ def _export(student: Student, places: Places, config: DistillConfig, *, trust_re
 
 
 def _step(
-    engine: DeepSpeedEngine, rows: Rows, plan: StepPlan, *, rate: float, rank: int, device: torch.device
-) -> dict[str, float]:
-    """Forward, backward and update of one global batch; returns the batch's global METRICS sums.
+    engine: DeepSpeedEngine, rows: Rows, plan: StepPlan, *, rate: float, rank: int, device: torch.device, ask: bool
+) -> tuple[dict[str, float], bool]:
+    """Forward, backward and update of one global batch; returns the batch's global METRICS sums, and on every rank whether one of them set `ask`.
 
     Every rank runs equally many micro-batches, as ZeRO's collectives need; one without rows of its own runs the shortest of the batch at weight 0.
     Raises ValueError, on every rank and before the update, naming the rows whose loss is not finite.
     """
     count = int(rows.positions[plan.rows].sum())
     shortest = min(plan.rows, key=lambda row: (rows.lengths[row], row))
-    sums = torch.zeros(len(METRICS), dtype=torch.float64)
-    broken = torch.zeros(len(plan.rows), dtype=torch.float64)
+    sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
+    broken = torch.zeros(len(plan.rows), dtype=torch.float64, device=device)
+    place = {row: number for number, row in enumerate(plan.rows)}
     for lines in plan.micro_batches[rank]:
         loss, metrics = engine(*_tensors(rows.collate(lines or [[shortest]]), device))
         engine.backward(loss * (dist.get_world_size() / count if lines else 0.0), scale_wrt_gas=False)
         if not lines:
             continue
-        sums += metrics.double().cpu()
-        if not bool(torch.isfinite(loss)):
-            broken[[plan.rows.index(row) for line in lines for row in line]] = 1.0
-    shared = torch.cat([sums, broken]).to(device)
+        # Nothing here waits for the device: the next micro-batch is on its way while this one is computed.
+        sums += metrics.double()
+        mine = torch.tensor([place[row] for line in lines for row in line])
+        broken[mine.to(device)] = 1.0 - torch.isfinite(loss.detach()).double()
+    shared = torch.cat([sums, broken, torch.tensor([float(ask)], dtype=torch.float64, device=device)])
     dist.all_reduce(shared)
-    sums, broken = shared[: len(METRICS)].cpu(), shared[len(METRICS) :].cpu()
+    sums, broken, asked = shared.cpu().split([len(METRICS), len(plan.rows), 1])
     if bool(broken.any()):
         bad = [plan.rows[index] for index in broken.nonzero()[:, 0].tolist()]
         raise ValueError(
@@ -212,7 +225,7 @@ def _step(
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     engine.step()
-    return dict(zip(METRICS, sums.tolist(), strict=True))
+    return dict(zip(METRICS, sums.tolist(), strict=True)), bool(asked)
 
 
 def _tensors(batch: Batch, device: torch.device) -> list[torch.Tensor | None]:

@@ -121,16 +121,27 @@ def test_killed_and_resumed_equals_undisturbed_to_the_last_bit(
     assert (tmp_path / "facts.json").read_text() == (undisturbed / "facts.json").read_text()
 
 
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}  # the user's own keys
+
+
 @pytest.mark.parametrize(
     ("world_size", "changes"),
     [
         (1, {"micro_batch_size": 6, "head_chunk": 1024}),
         (1, {"zero_stage": 1, "micro_batch_size": 1}),
         (2, {"zero_stage": 2}),
+        (2, {"zero_stage": 2, "deepspeed": OFFLOAD}),
         (2, {"zero_stage": 3, "gradient_checkpointing": True}),
-        (2, {"zero_stage": 3, "gradient_checkpointing": True, "packing": True}),
+        (2, {"zero_stage": 3, "packing": True, "deepspeed": OFFLOAD}),
     ],
-    ids=["one micro-batch", "stage 1", "2 ranks", "2 ranks, stage 3", "2 ranks, stage 3, packed"],
+    ids=[
+        "one micro-batch",
+        "stage 1",
+        "2 ranks",
+        "2 ranks, offloaded",
+        "2 ranks, stage 3",
+        "2 ranks, stage 3, packed and offloaded",
+    ],
 )
 def test_any_split_gives_the_same_training(
     tmp_path: Path, undisturbed: Path, pivot: Path, shards: list[Path], world_size: int, changes: dict[str, object]

@@ -1,4 +1,4 @@
-"""The card of a merged model: front matter that the hub reads, one row a model, what it says of licences."""
+"""The card of a merged model and of a target: front matter that the hub reads, one row a model, what it says of licences."""
 
 from pathlib import Path
 
@@ -6,7 +6,15 @@ import pytest
 import yaml
 
 from fusion_ray.checkpoints.reader import open_checkpoint
-from fusion_ray.workers.model_card import UNKNOWN, Ancestor, front_matter, licence_of, merge_card
+from fusion_ray.workers.model_card import (
+    UNKNOWN,
+    Ancestor,
+    front_matter,
+    licence_in,
+    licence_of,
+    merge_card,
+    target_card,
+)
 from tests.folders import random_tensors, write_model
 
 RECIPE = "merge_method: ties\n"
@@ -27,13 +35,13 @@ def test_equal_licences_are_the_merge_s() -> None:
     [
         (
             ("mit", "apache-2.0", "mit"),
-            "**Licence.** The models have different licences (apache-2.0, mit): the merge is subject to all of them.",
+            "**Licence.** The models have different licences (apache-2.0, mit): this one is subject to all of them.",
         ),
         (
             ("mit", UNKNOWN, "mit"),
-            "**Licence.** Not every model says its licence (known: mit): find out before you pass the merge on.",
+            "**Licence.** Not every model says its licence (known: mit): find out before you pass this one on.",
         ),
-        ((UNKNOWN, UNKNOWN), "**Licence.** No model says its licence: find out before you pass the merge on."),
+        ((UNKNOWN, UNKNOWN), "**Licence.** No model says its licence: find out before you pass this one on."),
     ],
 )
 def test_other_licences_are_said_and_none_is_claimed(licences: tuple[str, ...], said: str) -> None:
@@ -111,3 +119,34 @@ def test_the_licence_that_a_model_says(tmp_path: Path, text: str, licence: str) 
 def test_a_model_without_a_card_says_no_licence(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", random_tensors(0))
     assert licence_of(open_checkpoint(str(folder), model="model")) == UNKNOWN
+
+
+def test_a_target_is_a_fine_tune_of_its_pivot() -> None:
+    pivot = ancestor("pivot", role="pivot", reference="lab/pivot", licence="apache-2.0")
+    source = ancestor("maths", role="source", reference="lab/maths", licence="apache-2.0")
+    card = target_card(pivot, [source], "lm_weight: 0.3\n")
+    assert front_matter(card) == {
+        "base_model": ["lab/pivot"],
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["fusion_ray"],
+        "license": "apache-2.0",
+    }
+    assert "# pivot, distilled from maths" in card
+    assert "| maths | source | lab/maths |  | apache-2.0 | `0123456789ab` |" in card
+    assert "lm_weight: 0.3" in card
+    assert "# pivot, fine-tuned" in target_card(pivot, [], "")
+
+
+def test_a_target_says_when_a_source_hides_its_licence() -> None:
+    card = target_card(ancestor("pivot"), [ancestor("maths", licence=UNKNOWN)], "")
+    assert "license" not in front_matter(card)
+    assert "Not every model says its licence" in card
+
+
+def test_the_licence_of_a_folder(tmp_path: Path) -> None:
+    assert licence_in(str(tmp_path)) == UNKNOWN
+    assert licence_in("lab/not-a-folder") == UNKNOWN
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    assert licence_in(str(tmp_path)) == "mit"

@@ -1,0 +1,131 @@
+"""The distill stage on a cluster whose nodes go: one is announced to be taken and then taken, the next dies without a word. Nobody calls the stage again."""
+
+import importlib.util
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from fusion_ray.config import DistillConfig, ModelConfig, WorkerResources
+from fusion_ray.stages.distill import distill
+from fusion_ray.store import Artifact
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]  # three starts of a worker group: a minute and a half
+HERE = Path(__file__).parent
+STORE = 100 << 20  # bytes of a node's object store
+
+
+def _helper(name: str, path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+training = _helper("training", HERE / "training.py")
+tiny = _helper("tiny", HERE.parent / "tiny.py")
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # loopback
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
+    monkeypatch.setenv(
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1"
+    )  # another test's local cluster may have switched it off
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False}
+    )
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def rows_of(work: Path) -> Artifact:
+    rows = Artifact(str(work / "rows"), "align", "rows")
+    paths = training.write_shards(work / "shards")
+    rows.seal([rows.commit_file(path.name, path, rows=10) for path in paths])
+    return rows
+
+
+def train(out: Artifact, rows: Artifact, pivot: Path, config: DistillConfig, failures: list[BaseException]) -> None:
+    try:
+        distill(
+            out,
+            rows,
+            pivot=ModelConfig(name="pivot", path=str(pivot)),
+            config=config,
+            seed=7,
+            resources=WorkerResources(max_workers=2),
+            report=lambda figures: None,
+        )
+    except BaseException as error:
+        failures.append(error)
+
+
+def steps(out: Artifact, name: str = "metrics.jsonl") -> list[int]:
+    lines = out.read_bytes(name).splitlines() if out.exists(name) else []
+    return [json.loads(line)["step"] for line in lines if line.endswith(b"}")]
+
+
+def wait_until(true: Any, failures: list[BaseException], what: str, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert not failures, failures
+        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        time.sleep(0.05)
+
+
+def saved(out: Artifact) -> list[int]:
+    """The steps of the checkpoints that are whole."""
+    names = out.names("_work/checkpoints")
+    return sorted({int(name.split("/")[-2].split("-")[1]) for name in names if name.endswith("complete.json")})
+
+
+def announce(node: Any, seconds: float) -> None:
+    """Ray is told, as an autoscaler tells it, that the node will be taken in so many seconds."""
+    from ray.core.generated import autoscaler_pb2
+
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    gcs = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+    accepted, message = gcs.drain_node(node.node_id, reason, "taken", int((time.time() + seconds) * 1000))
+    assert accepted, message
+
+
+def test_an_announced_and_a_silent_loss_of_a_node(tmp_path: Path, cluster: Cluster) -> None:
+    tiny.make_tiny_model(tmp_path / "pivot", "llama", dtype="bfloat16")
+    rows = rows_of(tmp_path)
+    # Checkpoints of its own accord would come at step 40: what is saved before is saved because of the notice.
+    config = training.config(epochs=15, checkpoint_every=40, learning_rate=3e-4)
+    out = Artifact(str(tmp_path / "out"), "distill", "the-task")
+    failures: list[BaseException] = []
+    thread = threading.Thread(target=train, args=(out, rows, tmp_path / "pivot", config, failures))
+    first = cluster.add_node(num_cpus=2, object_store_memory=STORE)
+    thread.start()
+    wait_until(lambda: max(steps(out, "_work/metrics.jsonl"), default=0) >= 5, failures, "step 5 was reached")
+    announce(first, seconds=30)
+    wait_until(lambda: saved(out), failures, "a checkpoint was saved")
+    (at,) = saved(out)
+    assert 5 <= at < 40
+    cluster.remove_node(first, allow_graceful=False)
+    second = cluster.add_node(num_cpus=2, object_store_memory=STORE)
+    wait_until(lambda: 40 in saved(out), failures, "step 40 was saved on the second node")
+    cluster.remove_node(second, allow_graceful=False)
+    cluster.add_node(num_cpus=2, object_store_memory=STORE)
+    thread.join(240)
+    assert not thread.is_alive()
+    assert not failures
+    assert steps(out) == list(range(1, 61))
+    shards = [Path(rows.path(unit.name)) for unit in rows.manifest().units]
+    training.run_training(tmp_path / "undisturbed", tmp_path / "pivot", shards, config, world_size=2)
+    assert out.read_bytes("model.safetensors") == (tmp_path / "undisturbed/export/model.safetensors").read_bytes()
+    assert "# pivot, fine-tuned" in out.read_bytes("README.md").decode()
