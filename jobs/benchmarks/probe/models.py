@@ -1,7 +1,7 @@
-"""The models of the alignment probes: teachers and a pivot trained from scratch on GSM8K, in byte-level vocabularies of chosen sizes.
+"""The models of the probes: teachers and a pivot trained from scratch on problems and answers, in byte-level vocabularies of chosen sizes.
 
 A probe wants teachers that differ in nothing but their tokenizer, so the zoo's own models, each with other skills, do not serve. Called by
-`jobs/benchmarks/alignment_gain.py` and `alignment_fidelity.py`. Models are kept in a folder and made once.
+`jobs/benchmarks/alignment_gain.py`, `alignment_fidelity.py` and `objective.py`. Models are kept in a folder and made once.
 """
 
 import json
@@ -50,11 +50,11 @@ def read_problems(path: Path) -> list[Problem]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def write_conversations(path: Path, problems: Sequence[Problem]) -> Path:
+def write_conversations(path: Path, problems: Sequence[Problem], name: str = "gsm8k") -> Path:
     """The problems as conversations in the `messages` format; returns `path`."""
     lines = [
         json.dumps({
-            "id": f"gsm8k-{number}",
+            "id": f"{name}-{number}",
             "messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}],
         })
         for number, row in enumerate(problems)
@@ -92,12 +92,18 @@ def make_tokenizer(size: int, texts: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def make(made: Made, folder: Path, train: Sequence[Problem], test: Sequence[Problem]) -> dict[str, float]:
-    """Train and save one model unless it is there; its held-out bits per byte."""
+def make(
+    made: Made,
+    folder: Path,
+    train: Sequence[Problem],
+    test: Sequence[Problem],
+    texts: Sequence[Problem] | None = None,
+) -> dict[str, float]:
+    """Train and save one model unless it is there; its held-out bits per byte. Its vocabulary is made from `texts`, or from what it is trained on."""
     facts = folder / "facts.json"
     if facts.exists():
         return json.loads(facts.read_text())
-    tokenizer = make_tokenizer(made.vocabulary, [text for problem in train for text in problem.values()])
+    tokenizer = make_tokenizer(made.vocabulary, [text for problem in texts or train for text in problem.values()])
     torch.manual_seed(made.seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -196,16 +202,25 @@ def _batches(
                 yield ids, weights
 
 
-@torch.no_grad()
 def bits_per_byte(network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]) -> float:
     """Of whole answers and their end of turn, over the answers' bytes. Answers that reach past MAX_LENGTH are left out."""
-    nats, size = 0.0, 0
+    bits, sizes = zip(*bits_of_answers(network, tokenizer, problems), strict=True)
+    return math.fsum(bits) / sum(sizes)
+
+
+@torch.no_grad()
+def bits_of_answers(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]
+) -> list[tuple[float, int]]:
+    """(bits, bytes) of each answer with its end of turn; (0, 0) for those that reach past MAX_LENGTH."""
+    found = []
     for problem in problems:
         ids, said = _rendered(problem, tokenizer)
         if len(ids) > MAX_LENGTH:
+            found.append((0.0, 0))
             continue
         logits = network(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].float()
         losses = cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
-        nats += float(losses[torch.tensor(said[1:])].sum())
-        size += len(problem["answer"].encode())
-    return nats / math.log(2) / size
+        bits = float(losses[torch.tensor(said[1:])].sum()) / math.log(2)
+        found.append((bits, len(problem["answer"].encode())))
+    return found
