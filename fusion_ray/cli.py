@@ -26,6 +26,15 @@ ConfigPath = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="the run's YAML, for example jobs/configs/demo.yaml")
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value]...", help="values laid over the YAML")]
+Artefact = Annotated[
+    str, typer.Argument(metavar="ARTEFACT", help="its folder or URL: <storage>/artifacts/<stage>/<key>")
+]
+OfModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="PATH", help="the folder of the rows' model [default: looked for in the storage's runs]"
+    ),
+]
 Branch = Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="only this branch (repeatable)")]
 
 
@@ -233,6 +242,75 @@ def serve(
     from fusion_ray.views import serve_model
 
     serve_model(model, overrides or [], insecure=insecure, say=lambda text: console.print(text, highlight=False))
+
+
+@app.command("inspect")
+def inspect_command(
+    artefact: Artefact,
+    row: Annotated[str | None, typer.Option("--row", metavar="ID", help="the row to show [default: the first]")] = None,
+    positions: Annotated[int, typer.Option(min=1, help="predicting positions that are shown")] = 24,
+    model: OfModel = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object, with all of the top-k")] = False,
+) -> None:
+    """What an artefact holds, and one row of it: tokens, top-k with probabilities, tail mass."""
+    from fusion_ray import inspect_artifact
+
+    view = inspect_artifact.look(artefact, row=row, positions=positions, model=model)
+    if as_json:
+        print(inspect_artifact.as_json(view))
+    else:
+        inspect_artifact.show(view, console)
+
+
+@app.command("export")
+def export_command(
+    artefact: Artefact,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="a new folder (distillkit) or a new file of lines (jsonl)")
+    ],
+    to: Annotated[Literal["distillkit", "jsonl"], typer.Option("--format", help="see above")] = "distillkit",
+    dtype: Annotated[
+        Literal["float32", "float16"], typer.Option(help="of DistillKit's logprobs; both hold the artefact's exactly")
+    ] = "float32",
+    model: OfModel = None,
+) -> None:
+    """Rows of a teach or align artefact for another program.
+
+    distillkit: shard-NNNNN.parquet with input_ids (uint64), compressed_logprobs (bytes of the K logprobs of the next token at every token but the
+    last), bytepacked_indices (their ids, ceil(log2 V) bits each) and labels (-100 but at the tokens that are predicted), and compression_config.yaml,
+    which says V, K and that all K are exact. Where the artefact says nothing the next token has probability 1. `_fusion_ray/` holds what the layout
+    has no place for (ids, byte spans, label logprobs), so that `fusion-ray import` gives back the same rows.
+
+    jsonl: a line a row, every column under its own name, top-k as K values a position, logprobs as natural logarithms. For looking.
+    """
+    from fusion_ray.exchange import export_rows
+
+    console.print(
+        export_rows(artefact, out, form=to, dtype=dtype, model=model), highlight=False, markup=False, soft_wrap=True
+    )
+
+
+@app.command("import")
+def import_command(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="DistillKit's Parquet files beside their compression_config.yaml")
+    ],
+    config: ConfigPath,
+    overrides: Overrides = None,
+    teacher: Annotated[
+        str, typer.Option(metavar="NAME", help="the pivot or source of CONFIG whose logprobs these are")
+    ] = "",
+) -> None:
+    """Take logprobs in DistillKit's layout as what a model of CONFIG taught, in place of its teach stage.
+
+    Rows that `fusion-ray export` wrote come back whole. Files of DistillKit itself are matched by their tokens with the conversations of CONFIG's corpus
+    as the model's chat template renders them, which gives the byte spans; the logprob of a label outside the top K is not in them, and the largest
+    value that it can have is taken and counted.
+    """
+    from fusion_ray.exchange import import_rows
+
+    settings = load_config(config, overrides or [])
+    console.print(import_rows(folder, settings, teacher), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
