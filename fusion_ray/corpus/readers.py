@@ -1,9 +1,13 @@
 """Data files as a stream of conversations and rejected rows: jsonl, json, parquet, on any fsspec URL, one row in memory at a time.
 
+A row of more than MAX_ROW_BYTES is rejected, so that a file without line ends, or a broken JSON array, does not come into memory whole.
 Called by ingest.py for the corpus and by the evaluate stage for held-out conversations.
 """
 
+import io
 import json
+import lzma
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -14,9 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fusion_ray.corpus.rows import RowError, parse_row
+from fusion_ray.corpus.seen import Seen, id_digest
 from fusion_ray.records import Conversation
 
 CHUNK = 1 << 20
+MAX_ROW_BYTES = 16 << 20  # several times the text of a window of a million tokens
+PARQUET_BYTES = 16 << 20  # rows of a Parquet file are decoded in batches of about so much
+PARQUET_ROWS = 256
+SHOWN_CHARACTERS = 500  # of an id or a reason: both may quote a row
+TOO_LARGE = f"larger than the {MAX_ROW_BYTES >> 20} MiB that a row may have"
 
 
 @dataclass(frozen=True)
@@ -34,24 +44,36 @@ def read_conversations(paths: Sequence[str], *, format: str = "auto") -> Iterato
 
     Raises ValueError naming corpus.path for a file that is missing, unreadable or of an unknown kind.
     """
-    seen: set[bytes] = set()
+    seen = Seen()
     for path in paths:
-        dataset = PurePosixPath(path).name
-        for number, row in _rows(path):
+        for number, row in read_rows(path, format=format, dataset=PurePosixPath(path).name):
+            if isinstance(row, Conversation) and not seen.add(id_digest(row.id)):
+                row = seen_before(row, number)
+            yield row
+
+
+def read_rows(
+    path: str, *, format: str, dataset: str, key: str = "corpus.path"
+) -> Iterator[tuple[int, Conversation | Rejected]]:
+    """(row number, row) of one file, ids as they come. Raises ValueError naming `key` for a file that is missing, unreadable or of an unknown kind."""
+    for number, row in _rows(path, key):
+        given = ""
+        try:
             if isinstance(row, RowError):
-                yield Rejected("", dataset, number, str(row))
-                continue
-            try:
-                conversation = parse_row(row, format=format, dataset=dataset)
-            except RowError as error:
-                yield Rejected(_given_id(row), dataset, number, str(error))
-                continue
-            name = conversation.id.encode()
-            if name in seen:
-                yield Rejected(conversation.id, dataset, number, f"the id {conversation.id!r} was seen before")
-                continue
-            seen.add(name)
-            yield conversation
+                raise row
+            given = _given_id(row)
+            conversation = parse_row(row, format=format, dataset=dataset)
+            if sum(len(message.content) for message in conversation.messages) > MAX_ROW_BYTES:
+                raise RowError(f"the conversation is {TOO_LARGE}")
+        except RowError as error:
+            yield number, Rejected(given, dataset, number, _short(str(error)))
+        else:
+            yield number, conversation
+
+
+def seen_before(row: Conversation, number: int) -> Rejected:
+    """A row whose id another has."""
+    return Rejected(_short(row.id), row.dataset, number, _short(f"the id {row.id!r} was seen before"))
 
 
 def read_text(path: str, key: str) -> str:
@@ -66,46 +88,81 @@ def read_text(path: str, key: str) -> str:
 def _given_id(row: object) -> str:
     given = row.get("id") if isinstance(row, dict) else None
     text = str(given) if isinstance(given, str | int) else ""
-    return text.encode("utf-8", "replace").decode()
+    return _short(text).encode("utf-8", "replace").decode()
 
 
-def _rows(path: str) -> Iterator[tuple[int, object]]:
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
+
+
+def _rows(path: str, key: str) -> Iterator[tuple[int, object]]:
     """(row number, decoded row or RowError) of one file."""
     name = PurePosixPath(path).name.lower()
+    packed = name.endswith(".zst")
     for ending in (".gz", ".zst", ".bz2", ".xz"):
         name = name.removesuffix(ending)
     try:
         if name.endswith(".parquet"):
             with fsspec.open(path, "rb") as file:
                 yield from _parquet_rows(file)
-        elif name.endswith((".jsonl", ".ndjson")):
-            with fsspec.open(path, "rb", compression="infer") as file:
-                yield from _json_lines(file)
-        elif name.endswith(".json"):
-            with fsspec.open(path, "rt", compression="infer", encoding="utf-8", errors="surrogateescape") as file:
-                yield from _json_values(file)
+        elif name.endswith((".jsonl", ".ndjson", ".json")):
+            # Arrow reads zstd itself; fsspec would need one more package.
+            with fsspec.open(path, "rb", compression=None if packed else "infer") as file:
+                data: IO[bytes] = pa.CompressedInputStream(file, "zstd") if packed else file
+                if name.endswith(".json"):
+                    yield from _json_values(io.TextIOWrapper(data, encoding="utf-8", errors="surrogateescape"))
+                else:
+                    yield from _json_lines(data)
         else:
-            raise ValueError(f"corpus.path {path!r}: expected a file ending in .jsonl, .ndjson, .json or .parquet")
+            raise ValueError(f"{key} {path!r}: expected a file ending in .jsonl, .ndjson, .json or .parquet")
     except FileNotFoundError as error:
-        raise ValueError(f"corpus.path {path!r} does not exist: give the path of a conversation file") from error
-    except (IsADirectoryError, PermissionError) as error:
-        raise ValueError(f"corpus.path {path!r} cannot be read: {error.strerror or error}") from error
+        raise ValueError(f"{key} {path!r} does not exist: give the path of a conversation file") from error
     except pa.ArrowInvalid as error:
-        raise ValueError(f"corpus.path {path!r} is not a readable Parquet file: {error}") from error
+        raise ValueError(f"{key} {path!r} is not a readable Parquet file: {error}") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise ValueError(f"{key} {path!r} cannot be read: {error.strerror or error}") from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk or the network, not the file's content
+            raise
+        raise ValueError(f"{key} {path!r} is damaged or was copied in part ({error}): fetch it again") from error
 
 
 def _json_lines(file: IO[bytes]) -> Iterator[tuple[int, object]]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            yield number, RowError(f"not UTF-8 at byte {error.start} of the line")
-        except json.JSONDecodeError as error:
-            yield number, RowError(f"not JSON: {error.msg} at character {error.pos}")
-        except RecursionError:
-            yield number, RowError("not JSON that can be read: nested too deeply")
+    for number, line in _lines(file):
+        if line is None:
+            yield number, RowError(f"the line is {TOO_LARGE}")
+        elif line.strip():
+            yield number, _json_line(line, number)
+
+
+def _json_line(line: bytes, number: int) -> object:
+    """The decoded line, or a RowError that says why it is none."""
+    try:
+        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        return RowError(f"not UTF-8 at byte {error.start} of the line")
+    except json.JSONDecodeError as error:
+        return RowError(f"not JSON: {error.msg} at character {error.pos}")
+    except ValueError as error:  # a whole number of thousands of digits
+        return RowError(f"not JSON that can be read: {error}")
+    except RecursionError:
+        return RowError("not JSON that can be read: nested too deeply")
+
+
+def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
+    """(number from 1, line without its end, or None where it is too large). Not `for line in file`, which would hold a line of any length."""
+    number, size, parts = 1, 0, list[bytes]()
+    while block := file.read(CHUNK):
+        *ended, rest = block.split(b"\n")
+        for piece in ended:
+            size += len(piece)
+            parts.append(piece)
+            yield number, b"".join(parts) if size <= MAX_ROW_BYTES else None
+            number, size, parts = number + 1, 0, []
+        size += len(rest)
+        parts = [*parts, rest] if size <= MAX_ROW_BYTES else []
+    if size:
+        yield number, b"".join(parts) if size <= MAX_ROW_BYTES else None
 
 
 def _json_values(file: IO[str]) -> Iterator[tuple[int, object]]:
@@ -131,14 +188,15 @@ def _json_values(file: IO[str]) -> Iterator[tuple[int, object]]:
             value, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             problem = error
-        except RecursionError:
-            yield (
-                number + 1,
-                RowError("not JSON that can be read: nested too deeply; the rest of the file was not read"),
-            )
+        except (RecursionError, ValueError) as error:
+            why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+            yield number + 1, RowError(f"not JSON that can be read: {why}; the rest of the file was not read")
             return
         # A value that ends where the buffer ends may go on in the next chunk (a number); a broken one may be a cut one.
         if not ended and (problem is not None or end == len(text)):
+            if len(text) - position > MAX_ROW_BYTES:
+                yield number + 1, RowError(f"not JSON, or {TOO_LARGE}; the rest of the file was not read")
+                return
             more = file.read(want)
             ended = not more
             text, position, want = text[position:] + more, 0, want * 2
@@ -154,8 +212,22 @@ def _json_values(file: IO[str]) -> Iterator[tuple[int, object]]:
 
 
 def _parquet_rows(file: IO[bytes]) -> Iterator[tuple[int, object]]:
+    parquet = pq.ParquetFile(file)
+    groups = [parquet.metadata.row_group(n) for n in range(parquet.metadata.num_row_groups)]
+    largest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
     number = 0
-    for batch in pq.ParquetFile(file).iter_batches(batch_size=256):
-        for row in batch.to_pylist():
+    for batch in parquet.iter_batches(batch_size=max(1, min(PARQUET_ROWS, PARQUET_BYTES // max(1, largest)))):
+        try:
+            rows: list[object] = batch.to_pylist()
+        except UnicodeDecodeError:
+            rows = [_parquet_row(batch.slice(place, 1)) for place in range(batch.num_rows)]
+        for row in rows:
             number += 1
             yield number, row
+
+
+def _parquet_row(batch: pa.RecordBatch) -> object:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return RowError(f"text that is not UTF-8, at byte {error.start}")

@@ -43,6 +43,31 @@ class Located:
             self.ids[:max_length], self.position[kept], self.byte_start[kept], self.byte_end[kept], self.message[kept]
         )
 
+    @property
+    def turns(self) -> int:
+        """Assistant turns that have a predicting position."""
+        return len(np.unique(self.message))
+
+    def cut_after_turn(self, max_length: int) -> "Located":
+        """Up to the end of the last assistant turn that lies within `max_length` tokens with its end-of-turn label; no tokens where none does.
+
+        The same object where nothing is cut.
+        """
+        if len(self.ids) <= max_length:
+            return self
+        outside = self.position + 1 >= max_length
+        # What is kept ends before the first turn that is not whole.
+        count = int(np.argmax(self.message == self.message[outside][0])) if outside.any() else len(self.position)
+        end = int(self.position[count - 1]) + 2 if count else 0
+        return Located(
+            self.ids[:end], self.position[:count], self.byte_start[:count], self.byte_end[:count], self.message[:count]
+        )
+
+    @property
+    def first_turn_end(self) -> int:
+        """Tokens up to and with the last label of the first assistant turn; 0 where there is no turn."""
+        return int(self.position[self.message == self.message[0]][-1]) + 2 if len(self.position) else 0
+
 
 class Locator:
     """Locates conversations in one tokenizer's tokens, rendered by its own chat template or by that of `template`.

@@ -162,7 +162,11 @@ def test_ingest_writes_shards_and_keeps_what_it_rejects(tmp_path: Path) -> None:
         ("shard-00001.parquet", 4),
         ("shard-00002.parquet", 2),
     ]
-    assert manifest.info == {"rows": 10, "rejected": 2, "shards": 3}
+    counts = {"read": 12, "kept": 10, "rejected": 2, "duplicates": 0}
+    assert manifest.info == {
+        **{"rows": 10, "rejected": 2, "duplicates": 0, "shards": 3},
+        "sources": {"data.jsonl": counts},
+    }
     rows = [row for n in range(3) for row in decode_conversations(out.read_bytes(f"shard-{n:05d}.parquet"))]
     assert [row.messages[1].content for row in rows] == [f"Answer {n}" for n in range(10)]
     assert pq.read_schema(pa.BufferReader(out.read_bytes("shard-00000.parquet"))).equals(conversation_schema())

@@ -110,14 +110,18 @@ def test_any_text_is_tiled(kind: str, family: str, data: st.DataObject) -> None:
     assert (row.byte_start[0] if expected else 0) == start
 
 
-def test_positions_predict_the_labels_they_name() -> None:
-    """A case with its answer: one token a character, so that every number can be read off."""
+def one_a_character() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel({c: n for n, c in enumerate("?abcé:\n")}, unk_token="?"))
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("", "isolated"), pre_tokenizers.Metaspace(prepend_scheme="never")]
     )
     template = "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '\n' }}{% endfor %}"
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="?", chat_template=template)
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="?", chat_template=template)
+
+
+def test_positions_predict_the_labels_they_name() -> None:
+    """A case with its answer: one token a character, so that every number can be read off."""
+    tokenizer = one_a_character()
     row = Locator(tokenizer).locate((Message("user", "b"), Message("assistant", "aéc")))
     text = "u:b\na:aéc\n"
     assert len(row.ids) == len(text)
@@ -133,6 +137,35 @@ def test_positions_predict_the_labels_they_name() -> None:
     with pytest.raises(UnlocatedError, match="assistant message 1 do not give back its bytes"):
         Locator(tokenizer).locate((Message("user", "b"), Message("assistant", "axc")))
     assert Locator(tokenizer).locate((Message("user", "xyz"), Message("assistant", "a"))).bytes == 1
+
+
+def test_a_long_row_ends_with_its_last_whole_turn() -> None:
+    """One token a character: the turns of "u:b", "a:ac" end with the tokens 9, 18 and 27 of 30, their line ends being the ends of turns."""
+    tokenizer = one_a_character()
+    turns = [("user", "b"), ("assistant", "ac")] * 3 + [("user", "b")]
+    row = Locator(tokenizer).locate([Message(role, content) for role, content in turns])
+    ends = [9, 18, 27]
+    assert (len(row.ids), row.turns, row.first_turn_end) == (31, 3, 9)
+    assert (row.position[row.byte_start == row.byte_end] + 2).tolist() == ends
+    for length in range(1, 31):
+        kept = row.cut_after_turn(length)
+        whole = sum(end <= length for end in ends)
+        assert (len(kept.ids), kept.turns) == ([0, *ends][whole], whole)
+        assert kept.position.tolist() == row.position[row.position + 1 < len(kept.ids)].tolist()
+        assert kept.bytes == 2 * whole
+        assert all(len(column) == len(kept.position) for column in (kept.byte_start, kept.byte_end, kept.message))
+    assert row.cut_after_turn(31) is row
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in NO_END_OF_TURN])
+def test_a_cut_row_ends_with_the_end_of_a_turn(family: str, kind: str) -> None:
+    place = locator(kind, FAMILIES[family])
+    row = place.locate(CHAT[1:] if family in NO_SYSTEM else CHAT)
+    kept = row.cut_after_turn(int(row.position[-1]) + 1)  # one token short of the last end of turn
+    assert (row.turns, kept.turns) == (2, 1)
+    assert kept.ids[-1] == end_of_turn_id(place.tokenizer)
+    assert kept.labels[-1] == kept.ids[-1]
 
 
 def test_added_tokens_that_swallow_white_space() -> None:
