@@ -7,11 +7,11 @@ unknown keys with the nearest known one named. Called by the command line and th
 import difflib
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -35,6 +35,31 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0)
 
 
+class EndpointConfig(Section):
+    """A running OpenAI-compatible vLLM server of the same model, asked for prompt logprobs in the place of an engine of ours."""
+
+    url: str = Field(description="its base, such as http://host:8000/v1")
+    model: str | None = Field(None, description="the model's id there; null: the one that the server has")
+    api_key_env: str | None = Field(
+        None, description="environment variable (or, with _FILE behind it, one that names a file) with the server's key"
+    )
+    concurrency: int = Field(16, ge=1, description="requests that one actor of resources.teach keeps open")
+    timeout_s: float = Field(600.0, gt=0)
+    attempts: int = Field(8, ge=1, description="at one request, before the stage stops")
+
+    @model_validator(mode="after")
+    def _plain_url(self) -> "EndpointConfig":
+        if not re.match(r"^https?://[^/\s]+", self.url):
+            raise ValueError(
+                f"url is {self.url.rpartition('@')[2]!r}, not an http or https URL: give the server's base, such as http://host:8000/v1"
+            )
+        if "@" in self.url or "?" in self.url:
+            raise ValueError(
+                "url holds a user, a password or a query, which would be stored with the run: leave them out and name the key's variable in api_key_env"
+            )
+        return self
+
+
 class ModelConfig(Section):
     """A model reference: a local folder, an object-store URL or a hub id with a revision."""
 
@@ -43,29 +68,114 @@ class ModelConfig(Section):
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    endpoint: EndpointConfig | None = Field(
+        None,
+        description="teach asks this server instead of starting an engine; the model's tokenizer and template are still read from path. What it serves "
+        "(weights, dtype, quantisation) is taken on trust and is not in the key",
+    )
 
 
 class PivotConfig(ModelConfig):
     name: Name = "pivot"
 
 
-class CorpusConfig(Section):
+CorpusFormat = Literal["auto", "sharegpt", "messages", "alpaca", "prompt"]
+
+
+class MixtureSource(Section):
+    """One source of `corpus.mixture`. Its rows have its name as their dataset, and before the ids that they bring along."""
+
     path: str | tuple[str, ...]
-    format: Literal["auto", "sharegpt", "messages", "alpaca", "prompt"] = "auto"
-    rows_per_shard: int = Field(256, ge=1)
-    max_rows: int | None = Field(None, ge=1)
-    max_rejected: float = Field(0.01, ge=0, le=1, description="share of malformed rows past which the run fails")
-    template: Literal["native", "pivot"] = "native"
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="its share of the rows, against the others'")
+    max_rows: int | None = Field(None, ge=1, description="conversations taken from it at most")
+    format: CorpusFormat | None = Field(None, description="null: corpus.format")
+    name: Name | None = Field(None, description="null: the name of its first file")
 
     @property
     def paths(self) -> tuple[str, ...]:
         return (self.path,) if isinstance(self.path, str) else self.path
 
+    @property
+    def label(self) -> str:
+        return self.name or (PurePosixPath(self.paths[0]).name if self.paths else "")
+
+
+class CorpusConfig(Section):
+    path: str | tuple[str, ...] | None = Field(None, description="a conversation file or several, one after another")
+    mixture: tuple[MixtureSource, ...] = Field(
+        (), description="in the place of path: sources whose rows are interleaved by weight"
+    )
+    format: CorpusFormat = "auto"
+    rows_per_shard: int = Field(256, ge=1)
+    max_rows: int | None = Field(None, ge=1, description="conversations of the whole corpus at most")
+    deduplicate: bool | None = Field(
+        None,
+        description="leave out conversations whose messages are those of an earlier one; null: in a mixture, as public sets hold each other's rows, and not "
+        "with path, whose file is taken as it stands. A copy without an id of its own is always left out: nothing could tell the two apart",
+    )
+    shuffle_rows: int = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="shuffle within a buffer of so many conversations, which is held in memory; 0 keeps the order",
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        description="of the mixture's order and of shuffle_rows; not run.seed, so that training can be repeated on the same rows",
+    )
+    max_rejected: float = Field(0.01, ge=0, le=1, description="share of malformed rows past which the run fails")
+    template: Literal["native", "pivot"] = "native"
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every file, of a mixture source by source."""
+        own = (self.path,) if isinstance(self.path, str) else self.path or ()
+        return own + tuple(path for source in self.mixture for path in source.paths)
+
+    @property
+    def removes_copies(self) -> bool:
+        return bool(self.mixture) if self.deduplicate is None else self.deduplicate
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "CorpusConfig":
+        if self.path and self.mixture:
+            raise ValueError(
+                "corpus.path and corpus.mixture are both set: keep path for files that are read one after another, mixture for sources with weights"
+            )
+        if not self.path and not self.mixture:
+            raise ValueError(
+                "neither corpus.path nor corpus.mixture names a file: set path to a conversation file (or a list), or mixture to sources with path and weight"
+            )
+        labels = [source.label for source in self.mixture]
+        for number, source in enumerate(self.mixture):
+            if not source.path or not all(source.paths):
+                raise ValueError(f"corpus.mixture.{number}.path is empty: give the path of a conversation file")
+            if source.label in labels[:number]:
+                raise ValueError(
+                    f"two sources of corpus.mixture are named {source.label!r}: give corpus.mixture.{number} a `name` of its own"
+                )
+        return self
+
 
 class TeachConfig(Section):
     top_k: int = Field(10, ge=1, le=1024)
-    max_length: int = Field(2048, ge=8, description="tokens; longer rows are cut at a token boundary and counted")
+    max_length: int = Field(
+        2048,
+        ge=8,
+        description="tokens; a longer row ends with the last assistant turn that fits; rows and turns cut are counted",
+    )
     engine: EngineArgs = Field(default_factory=dict, description="vLLM engine arguments that change the result")
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _arguments(cls, value: object) -> object:
+        if isinstance(value, str):
+            raise ValueError(
+                "teach.engine holds vLLM engine arguments, such as {quantization: fp8}; a teacher that is served elsewhere is told of its model: "
+                "set sources.0.endpoint.url (or pivot.endpoint.url) to the server's base, such as http://host:8000/v1"
+            )
+        return value
 
 
 class AlignConfig(Section):
@@ -320,6 +430,11 @@ class FusionConfig(Section):
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
 
+    @property
+    def models(self) -> dict[str, ModelConfig]:
+        """The pivot and every source by name, the pivot first."""
+        return {model.name: model for model in (self.pivot, *self.sources)}
+
     @model_validator(mode="after")
     def _names_differ(self) -> "FusionConfig":
         names = [self.pivot.name, *(source.name for source in self.sources)]
@@ -506,6 +621,17 @@ def _resolve_paths(config: FusionConfig, folder: Path) -> FusionConfig:
         judge = judge.model_copy(
             update={key: data(getattr(judge, key)) for key in ("questions", "prompts", "references")}
         )
+    corpus = config.corpus.model_copy(
+        update={
+            "path": None
+            if config.corpus.mixture
+            else tuple(resolve_path(path, folder) for path in config.corpus.paths),
+            "mixture": tuple(
+                source.model_copy(update={"path": tuple(resolve_path(path, folder) for path in source.paths)})
+                for source in config.corpus.mixture
+            ),
+        }
+    )
     storage = config.run.storage
     return config.model_copy(
         update={
@@ -514,9 +640,7 @@ def _resolve_paths(config: FusionConfig, folder: Path) -> FusionConfig:
             ),
             "pivot": model(config.pivot),
             "sources": tuple(model(source) for source in config.sources),
-            "corpus": config.corpus.model_copy(
-                update={"path": tuple(resolve_path(path, folder) for path in config.corpus.paths)}
-            ),
+            "corpus": corpus,
             "evaluate": config.evaluate.model_copy(
                 update={
                     "questions": data(config.evaluate.questions),

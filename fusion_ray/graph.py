@@ -148,9 +148,26 @@ def _fingerprint(config: FusionConfig, model: ModelConfig) -> str:
 
 
 def _corpus(store: Store, config: FusionConfig) -> Node:
-    paths = config.corpus.paths
-    inputs = {f"file{n}": fingerprint_file(path, "corpus.path") for n, path in enumerate(paths)}
-    settings = config.corpus.model_dump(mode="json", include={"format", "rows_per_shard", "max_rows"})
+    corpus = config.corpus
+    keys = ["corpus.path"] * len(corpus.paths)
+    settings = corpus.model_dump(mode="json", include={"format", "rows_per_shard", "max_rows"})
+    # What is as it was before there was the setting stays out of the key.
+    if corpus.mixture:
+        keys = [f"corpus.mixture.{n}.path" for n, source in enumerate(corpus.mixture) for _ in source.paths]
+        settings["mixture"] = [
+            source.model_dump(mode="json", include={"weight", "max_rows", "format"})
+            | {"name": source.label, "files": len(source.paths)}
+            for source in corpus.mixture
+        ]
+    if corpus.removes_copies:
+        settings["deduplicate"] = True
+    if corpus.shuffle_rows:
+        settings["shuffle_rows"] = corpus.shuffle_rows
+    if corpus.mixture or corpus.shuffle_rows:
+        settings["seed"] = corpus.seed
+    inputs = {
+        f"file{n}": fingerprint_file(path, key) for n, (path, key) in enumerate(zip(corpus.paths, keys, strict=True))
+    }
     return Node("corpus", "all", store.artifact("corpus", CORPUS_FORMAT, settings, inputs))
 
 

@@ -13,7 +13,8 @@ from functools import partial
 
 from fusion_ray.config import ConfigError, FusionConfig, ModelConfig
 from fusion_ray.corpus.ingest import ingest
-from fusion_ray.graph import SFT, Candidate, Graph, Node
+from fusion_ray.corpus.mixture import Source
+from fusion_ray.graph import ALL, SFT, Candidate, Graph, Node
 from fusion_ray.merging.parameters import complete_parameters
 from fusion_ray.models import local_folder
 from fusion_ray.records import Report
@@ -67,10 +68,24 @@ def all_steps(config: FusionConfig, graph: Graph) -> Iterator[Step]:
         partial(
             ingest,
             paths=config.corpus.paths,
+            mixture=[
+                Source(
+                    name=source.label,
+                    paths=source.paths,
+                    format=source.format or config.corpus.format,
+                    key=f"corpus.mixture.{number}.path",
+                    weight=source.weight,
+                    max_rows=source.max_rows,
+                )
+                for number, source in enumerate(config.corpus.mixture)
+            ],
             format=config.corpus.format,
             rows_per_shard=config.corpus.rows_per_shard,
             max_rows=config.corpus.max_rows,
             max_rejected=config.corpus.max_rejected,
+            deduplicate=config.corpus.removes_copies,
+            shuffle_rows=config.corpus.shuffle_rows,
+            seed=config.corpus.seed,
         ),
     )
 
@@ -117,6 +132,7 @@ def all_steps(config: FusionConfig, graph: Graph) -> Iterator[Step]:
                 distill,
                 rows=node.needs[0].artifact,
                 pivot=config.pivot,
+                sources=[source for source in config.sources if name in (source.name, ALL)],
                 config=settings,
                 seed=seed,
                 resources=resources.distill,

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from fusion_ray.config import ConfigError, FusionConfig, LoraConfig, ModelConfig, is_url
 from fusion_ray.graph import SFT, Graph, Node, build_graph
+from fusion_ray.workers.engine_sizes import Sizes, engine_sizes, merged, parallel, shape_of
 
 BYTES_PER_TOKEN = 4.0  # English text under a vocabulary of 30k to 150k
 ASSISTANT_SHARE = 0.6  # of a chat corpus's bytes
@@ -95,9 +96,9 @@ def plan_table(config: FusionConfig) -> tuple[Table, list[str]]:
         state = "[green]cached[/green]" if done else "to do"
         figures = (_size(cost.bytes), _hours(cost.device_seconds), _size(cost.peak_bytes))
         table.add_row(node.stage, node.branch, node.key[:12], state, *figures)
-    table.caption = (
-        f"to do: about {_size(written)} written, {hours:.2f} {unit}-hours; estimates from file sizes and headers"
-    )
+    told = f"to do: about {_size(written)} written, {hours:.2f} {unit}-hours; estimates from file sizes and headers"
+    table.caption = "\n".join([told, *(_teacher(config, model, sizes) for model in (config.pivot, *config.sources))])
+    table.caption_justify = "left"
     return table, list(problems(config, graph, sizes, written))
 
 
@@ -117,10 +118,11 @@ def estimate(config: FusionConfig, graph: Graph, node: Node, sizes: dict[str, Mo
         size = sizes[node.branch]
         if size is None:
             return Estimate(bytes=row_bytes)
-        limit = config.resources.teach.engine.get("max_num_batched_tokens")
-        batch = limit if isinstance(limit, int) else 2048
-        logits = batch * size.vocabulary * 8  # raw and log-softmax of one step; vLLM's start-up does not profile them
-        return Estimate(row_bytes, 2 * size.parameters * tokens / speed, size.bytes + logits)
+        if config.models[node.branch].endpoint is not None:
+            return Estimate(row_bytes, 0.0)
+        needs = engine_of(config, config.models[node.branch])
+        held = 0 if needs is None else needs.logits_bytes + (needs.cache_bytes or 0)
+        return Estimate(row_bytes, 2 * size.parameters * tokens / speed, size.bytes + held)
     if pivot is None:
         return Estimate()
     if node.stage == "distill":
@@ -132,6 +134,57 @@ def estimate(config: FusionConfig, graph: Graph, node: Node, sizes: dict[str, Mo
         targets = sum(name != SFT for name in graph.distill)
         return Estimate(pivot.bytes, (targets + 1) * pivot.bytes / 1e9, float(config.merge.max_bytes_in_flight))
     return Estimate(device_seconds=None)
+
+
+def engine_of(config: FusionConfig, model: ModelConfig) -> Sizes | None:
+    """What the engine of a local model's teacher is started with; None for a model that is not local or whose config does not tell its sizes."""
+    path = Path(model.path) / "config.json"
+    if is_url(model.path) or not path.is_file():
+        return None
+    fields = json.loads(path.read_text())
+    fields |= fields.get("text_config") or {}
+    try:
+        shape = shape_of(fields.get)
+    except KeyError:
+        return None
+    resources = config.resources.teach
+    return engine_sizes(
+        shape,
+        top_k=config.teach.top_k,
+        max_length=config.teach.max_length,
+        on_gpu=resources.gpus > 0,
+        given={**config.teach.engine, **resources.engine},
+    )
+
+
+def _teacher(config: FusionConfig, model: ModelConfig, sizes: dict[str, ModelSize | None]) -> str:
+    """A line on what the teacher of one model takes."""
+    if model.endpoint is not None:
+        return f"teach:{model.name} asks {model.endpoint.url}, {model.endpoint.concurrency} requests at a time"
+    needs, size = engine_of(config, model), sizes[model.name]
+    if needs is None or size is None:
+        return f"teach:{model.name} is not known before its config.json is here"
+    cache = "the rest of the GPU" if needs.cache_bytes is None else _size(needs.cache_bytes)
+    return (
+        f"teach:{model.name} max_num_batched_tokens {needs.max_num_batched_tokens}: {_size(needs.logits_bytes)} of logits a step, "
+        f"weights {_size(size.bytes)}, key-value cache {cache}"
+    )
+
+
+def _teach_problems(config: FusionConfig, sizes: dict[str, ModelSize | None]) -> Iterator[str]:
+    resources = config.resources.teach
+    try:
+        parallel(resources.gpus, merged(config.teach.engine, resources.engine))
+    except ValueError as error:
+        if any(model.endpoint is None for model in config.models.values()):
+            yield str(error)
+    for model in config.models.values():
+        size = sizes[model.name]
+        if size is not None and 0 < size.vocabulary < config.teach.top_k:
+            yield f"teach.top_k is {config.teach.top_k}, the vocabulary of {model.name} has {size.vocabulary} tokens: lower teach.top_k"
+        key = model.endpoint.api_key_env if model.endpoint else None
+        if key and not (os.environ.get(key) or os.environ.get(f"{key}_FILE")):
+            yield f"`endpoint.api_key_env` of {model.name} is {key}, which is not set: set it, or leave it out for a server without a key"
 
 
 def training_state(config: FusionConfig, pivot: ModelSize) -> float:
@@ -177,6 +230,8 @@ def problems(config: FusionConfig, graph: Graph, sizes: dict[str, ModelSize | No
         limit = config.teach.engine["max_logprobs"]
         if isinstance(limit, int) and limit < config.teach.top_k:
             yield f"teach.engine.max_logprobs {limit} is below teach.top_k {config.teach.top_k}: leave it out or raise it"
+    if any(not node.artifact.sealed for node in graph.teach.values()):
+        yield from _teach_problems(config, sizes)
     if config.align.problem:
         yield config.align.problem
     for model in (config.pivot, *config.sources):
@@ -205,9 +260,10 @@ def _memory_problem(config: FusionConfig, pivot: ModelSize) -> Iterator[str]:
     else:
         return
     if state > room:
+        adapters = "train adapters alone (distill.lora), " if config.distill.lora is None else ""
         yield (
             f"distill: a worker holds {_size(state)} of weights, gradients and optimizer state at distill.zero_stage {config.distill.zero_stage}, and {what}: "
-            "set zero_stage to 3 and raise resources.distill.max_workers over more machines, or take a smaller pivot"
+            f"set zero_stage to 3 and raise resources.distill.max_workers over more machines, {adapters}or take a smaller pivot"
         )
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # else by the functions that use it: much that needs records 
 Report = Callable[[Mapping[str, object]], None]
 
 CORPUS_FORMAT = 1
-TEACH_FORMAT = 1
+TEACH_FORMAT = 2  # 1 cut long rows within a turn
 ALIGN_FORMAT = 2
 MODEL_FORMAT = 1
 EVALUATE_FORMAT = 1

@@ -22,6 +22,7 @@ from fusion_ray.plan import model_size
 from fusion_ray.report.content import (
     AlignmentSummary,
     CombinedSummary,
+    CorpusSummary,
     Extras,
     Interval,
     MergeWeight,
@@ -99,6 +100,8 @@ def collect_report(config: FusionConfig, graph: Graph, runs: Sequence[StageRun])
         ],
         "engine": {name: str(value) for name, value in engines.items() if value is not None},
     }
+    if graph.corpus.artifact.sealed:
+        content["corpus"] = cast(CorpusSummary, _info(graph.corpus))
     for node in graph.combine.values():
         if node.artifact.sealed:
             content["combined"] = cast(CombinedSummary, _info(node))

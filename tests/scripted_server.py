@@ -1,6 +1,7 @@
 """A scripted OpenAI-compatible server on loopback: a judge or a model whose every answer a test decides."""
 
 import json
+import socket
 import threading
 import time
 from collections import Counter
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+DROPPED = 0  # the status of a connection that is closed without an answer
 # (status, body or text, headers, seconds to wait first) for a request and how often the same request came before
 Script = Callable[[dict[str, object], int], tuple[int, object, dict[str, str], float]]
 
@@ -39,7 +41,12 @@ def completion(text: str) -> dict[str, object]:
 def scripted(script: Script) -> Iterator[Server]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            self._answer(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+
+        def do_GET(self) -> None:
+            self._answer({"get": self.path})
+
+        def _answer(self, body: dict[str, object]) -> None:
             with server.lock:
                 before = server.seen[json.dumps(body)]
                 server.seen[json.dumps(body)] += 1
@@ -51,6 +58,10 @@ def scripted(script: Script) -> Iterator[Server]:
             time.sleep(wait)
             with server.lock:
                 server.at_once -= 1
+            if status == DROPPED:
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
             data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
             try:
                 self.send_response(status)

@@ -91,12 +91,31 @@ class CombinedSummary(TypedDict):
     won: dict[str, int]
 
 
+class SourceCounts(TypedDict):
+    """Rows of one source of the corpus; `kept` are the conversations in the artefact."""
+
+    read: int
+    kept: int
+    rejected: int
+    duplicates: int
+
+
+class CorpusSummary(TypedDict, total=False):
+    """The corpus: conversations, rows that were malformed, copies that were left out, and the same by source."""
+
+    rows: int
+    rejected: int
+    duplicates: int
+    sources: dict[str, SourceCounts]
+
+
 class RunReport(TypedDict, total=False):
     """report.json of a run."""
 
     run: str
     versions: dict[str, str]
     stages: list[StageRun]
+    corpus: CorpusSummary
     models: list[ModelScores]
     alignment: list[AlignmentSummary]
     combined: CombinedSummary

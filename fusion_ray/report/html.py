@@ -26,6 +26,7 @@ def build_report_html(report: RunReport, extras: Extras | None = None) -> str:
         _section("Training", training(extras.get("training") or {})),
         _section("Merge weights", merges(extras)),
         _section("Token alignment", alignment(report, extras.get("alignment_examples") or {})),
+        _section("Corpus", _corpus(report)),
         _section("Stages", _stages(report)),
         _section("Versions", _versions(report)),
     ]
@@ -51,6 +52,27 @@ def _subtitle(models: Sequence[ModelScores]) -> str:
         return "fusion_ray run"
     names = ", ".join(escape(model["name"]) for model in sources)
     return f"{escape(pivots[0]['name'])} fused with {names}"
+
+
+def _corpus(report: RunReport) -> str:
+    corpus = report.get("corpus") or {}
+    if "rows" not in corpus:
+        return '<p class="note">No counts of the corpus were recorded.</p>'
+    note = f"{corpus['rows']:,} conversations; {corpus.get('rejected', 0):,} malformed rows"
+    note += f" and {corpus.get('duplicates', 0):,} copies were left out."
+    sources = corpus.get("sources") or {}
+    if not sources:
+        return f'<p class="note">{note}</p>'
+    columns = ("read", "kept", "rejected", "duplicates")
+    head = "".join(f'<th scope="col">{name}</th>' for name in columns)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>'
+        + "".join(f"<td>{counts[column]:,}</td>" for column in columns)  # type: ignore[literal-required]
+        + "</tr>"
+        for name, counts in sources.items()
+    )
+    table = f'<table><thead><tr><th scope="col">source</th>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    return f'<p class="note">{note}</p><div class="scroll">{table}</div>'
 
 
 def _stages(report: RunReport) -> str:

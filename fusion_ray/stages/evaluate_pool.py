@@ -15,7 +15,9 @@ import ray
 from fusion_ray.config import EngineArgs, EvaluateConfig, WorkerResources
 from fusion_ray.judging.questions import Answer, Question, dump_jsonl, make_answer
 from fusion_ray.records import Conversation, Report
+from fusion_ray.stages.vllm_environment import vllm_environment
 from fusion_ray.store import Artifact, Json
+from fusion_ray.workers.engine_sizes import parallel
 from fusion_ray.workers.judge import answers as endpoint_answers
 
 logger = logging.getLogger(__name__)
@@ -153,14 +155,7 @@ def run_pool(
 
 
 def _actor(config: EvaluateConfig, seed: int, resources: WorkerResources) -> "ray.actor.ActorHandle":
-    env = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the actor, so that one model after another may
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if not resources.gpus:
-        env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, int(resources.cpus)))}
+    env = vllm_environment(resources) | {"VLLM_LOGGING_LEVEL": "WARNING"}
     options: dict[str, object] = {
         "num_cpus": resources.cpus,
         "num_gpus": resources.gpus,
@@ -176,7 +171,7 @@ def _actor(config: EvaluateConfig, seed: int, resources: WorkerResources) -> "ra
             max_length=config.max_length,
             dtype="auto" if resources.gpus else "float32",
             seed=seed,
-            engine=dict(resources.engine),
+            engine=resources.engine | parallel(resources.gpus, resources.engine, key="resources.evaluate"),
         )
     )
 

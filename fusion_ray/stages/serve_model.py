@@ -6,6 +6,7 @@ Called by stages/serve.py; the same keys stand in a RayService's YAML.
 import os
 
 from fusion_ray.config import ServeConfig, WorkerResources
+from fusion_ray.stages.vllm_environment import vllm_environment
 
 CPU_KV_CACHE_BYTES = 1 << 30
 
@@ -32,7 +33,7 @@ def llm_config(model_id: str, folder: str, *, config: ServeConfig, resources: Wo
             "max_constructor_retry_count": 2,  # a model that does not load will not load the third time either
         },
     }
-    env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env = vllm_environment(resources, in_process=False)
     if resources.gpus:
         bundle["GPU"] = resources.gpus
         model["accelerator_config"] = {"kind": "gpu"}
@@ -42,11 +43,6 @@ def llm_config(model_id: str, folder: str, *, config: ServeConfig, resources: Wo
             "enforce_eager": True,
             "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,
             "disable_log_stats": True,
-        }
-        env |= {
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two engines on one host would be bound to the same cores
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "OMP_NUM_THREADS": str(max(1, int(resources.cpus))),
         }
         model |= {
             "accelerator_config": {"kind": "cpu"},

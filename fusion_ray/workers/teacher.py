@@ -8,18 +8,18 @@ import logging
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from fusion_ray.config import EngineArgs
+from fusion_ray.config import EndpointConfig, EngineArgs
 from fusion_ray.corpus.readers import Rejected
 from fusion_ray.corpus.spans import Located
 from fusion_ray.corpus.template import UnlocatedError
 from fusion_ray.logprobs.codec import TeacherRow, to_table
 from fusion_ray.logprobs.flat import TopK
-from fusion_ray.records import Conversation
-from fusion_ray.workers.engine import ENGINE, Engine
+from fusion_ray.records import Conversation, Message
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ Starting = Callable[[list[str]], None]
 class Counts:
     """What a shard came to. `bits` are of the labels that have bytes; `tokens` are those the engine read.
 
-    `rows` are in the table; `rejected` could not be located, `quarantined` killed the engine or had logprobs that are not finite, and
-    `unreached` have no assistant token within the longest prompt.
+    `rows` are in the table, of which `cut_rows` were longer than the longest prompt and lost `cut_turns` assistant turns at their ends; `rejected` could not be
+    located, `quarantined` killed the engine or had logprobs that are not finite, and `unreached` have no whole assistant turn within the longest prompt.
     """
 
     rows: int = 0
@@ -41,6 +41,7 @@ class Counts:
     bytes: int = 0
     bits: float = 0.0
     cut_rows: int = 0
+    cut_turns: int = 0
     rejected: int = 0
     quarantined: int = 0
     unreached: int = 0
@@ -59,13 +60,25 @@ class Taught:
     rejected: tuple[Rejected, ...]
 
 
+class Reads(Protocol):
+    """What reads prompts: workers/engine.Engine or workers/endpoint.Endpoint."""
+
+    version: str
+    max_prompt: int
+
+    def locate(self, messages: Sequence[Message]) -> Located: ...
+
+    def prompt_logprobs(
+        self, prompts: Sequence[Sequence[int]], starting: Callable[[Sequence[int]], None] = ...
+    ) -> list[TopK]: ...
+
+
 class Teacher:
-    """A vLLM engine on `model_folder` that teaches. Rows longer than `max_length` or than the model's window are cut at a token boundary.
+    """A chat model in `model_folder` that teaches, in a vLLM engine or, where one is given, behind `endpoint` with its `api_key`.
 
-    `template_folder` renders rows with another model's chat template (corpus.template: pivot). Raises ValueError as Engine does.
+    Rows longer than `max_length` or than the model's window end with their last whole turn. `template_folder` renders rows with another model's chat template
+    (corpus.template: pivot). Raises ValueError as Engine and Endpoint do.
     """
-
-    version = ENGINE
 
     def __init__(
         self,
@@ -79,19 +92,42 @@ class Teacher:
         seed: int = 0,
         engine: EngineArgs | None = None,
         name: str = "",
+        endpoint: EndpointConfig | None = None,
+        api_key: str | None = None,
     ) -> None:
         self.top_k = top_k
-        self._engine = Engine(
-            model_folder,
-            max_length=max_length,
-            top_k=top_k,
-            template_folder=template_folder,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            seed=seed,
-            engine=engine,
-            name=name,
-        )
+        self._max_length = max_length
+        self._engine: Reads
+        if endpoint is not None:
+            from fusion_ray.workers.endpoint import Endpoint
+
+            self._engine = Endpoint(
+                model_folder,
+                endpoint=endpoint,
+                api_key=api_key,
+                max_length=max_length,
+                top_k=top_k,
+                template_folder=template_folder,
+                trust_remote_code=trust_remote_code,
+                engine=engine,
+                name=name,
+            )
+        else:
+            # Here, as the actor of an endpoint needs no vLLM, whose import takes ten seconds.
+            from fusion_ray.workers.engine import Engine
+
+            self._engine = Engine(
+                model_folder,
+                max_length=max_length,
+                top_k=top_k,
+                template_folder=template_folder,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                seed=seed,
+                engine=engine,
+                name=name,
+            )
+        self.version = self._engine.version
 
     def teach(
         self,
@@ -104,7 +140,8 @@ class Teacher:
         """Teacher rows of the conversations; the same for the same conversations whatever was taught before.
 
         `starting` is told the ids that the engine is about to read. Ids in `alone` are read one at a time (they are suspects in an engine's death), those in
-        `quarantined` not at all. A row that cannot be located, or whose logprobs are not finite, is left out with its reason.
+        `quarantined` not at all. A row that cannot be located, whose first assistant turn does not fit, or whose logprobs are not finite, is left out with
+        its reason.
         """
         counts = Counts()
         rejected: list[Rejected] = []
@@ -120,18 +157,13 @@ class Teacher:
                 counts.rejected += 1
                 rejected.append(_missing(conversation, number, str(error)))
                 continue
-            kept = whole.cut(self._engine.max_prompt)
-            counts.cut_rows += kept is not whole
+            kept = whole.cut_after_turn(self._engine.max_prompt)
             if len(kept.position) == 0:
                 counts.unreached += 1
-                rejected.append(
-                    _missing(
-                        conversation,
-                        number,
-                        f"no assistant token within the first {self._engine.max_prompt} of {len(whole.ids)} tokens",
-                    )
-                )
+                rejected.append(_missing(conversation, number, self._unreached(whole)))
                 continue
+            counts.cut_rows += kept is not whole
+            counts.cut_turns += whole.turns - kept.turns
             located[conversation.id] = kept
         answers = self._read(located, alone, starting)
         rows = []
@@ -153,6 +185,16 @@ class Teacher:
             counts.bits += label_bits(row, top)
         rejected.sort(key=lambda missing: missing.row)
         return Taught(to_table(rows, top_k=self.top_k), counts, tuple(rejected))
+
+    def _unreached(self, row: Located) -> str:
+        """Why nothing is left of a row."""
+        if not row.first_turn_end:
+            return f"none of its {len(row.ids)} tokens is the assistant's"
+        longest = self._engine.max_prompt
+        what, cure = "the model's window leaves for a prompt", "shorten the row or take a model with a longer window"
+        if longest == self._max_length:
+            what, cure = "of teach.max_length", f"shorten the row or raise teach.max_length to {row.first_turn_end}"
+        return f"its first assistant turn ends at token {row.first_turn_end} of {len(row.ids)}, beyond the {longest} {what}: {cure}"
 
     def _read(self, located: dict[str, Located], alone: Collection[str], starting: Starting) -> dict[str, TopK]:
         """The distributions at the predicting positions of each row."""

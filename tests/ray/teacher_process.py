@@ -29,7 +29,10 @@ def conversations() -> list[Conversation]:
         ]
         found.append(Conversation(f"row-{number}", tuple(Message(role, content) for role, content in turns)))
     late = [Message("user", " ".join(SENTENCES)), Message("assistant", "Too late.")]
-    return [*found, Conversation("late", tuple(late))]
+    # Of the assistant turns of "long" the first two fit, and the third begins before the longest prompt ends.
+    short = (Message("user", "Go on."), Message("assistant", "So be it."))
+    last = (Message("user", "Go on."), Message("assistant", " ".join(SENTENCES)))
+    return [*found, Conversation("late", tuple(late)), Conversation("long", (*short, *short, *last, *short))]
 
 
 def main(folder: Path) -> None:

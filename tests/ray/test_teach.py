@@ -27,6 +27,7 @@ CONFIG = TeachConfig(top_k=5, max_length=256)
 def cluster() -> Iterator[None]:
     os.environ["RAY_AUTH_MODE"] = "disabled"
     ray.init(
+        address="local",
         num_cpus=4,
         object_store_memory=200_000_000,
         include_dashboard=False,

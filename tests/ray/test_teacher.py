@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fusion_ray.corpus.spans import Locator
+from fusion_ray.corpus.spans import Locator, end_of_turn_id
 from fusion_ray.logprobs.codec import decode, from_table
 from fusion_ray.records import Message
 from tests.ray.teacher_process import QUESTIONS, conversations
@@ -53,8 +53,8 @@ def test_logprobs_equal_a_transformers_forward(taught: tuple[Path, dict[str, Any
     model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).eval()
     locator = Locator(AutoTokenizer.from_pretrained(folder / name))
     rows = {row.id: row for row in from_table(decode((folder / f"{name}.parquet").read_bytes()))}
-    bits = 0.0
-    for conversation in conversations()[:20]:
+    bits, size = [], []
+    for conversation in (*conversations()[:20], conversations()[-1]):
         row = rows[conversation.id]
         located = locator.locate(conversation.messages).cut(len(row.ids))
         np.testing.assert_array_equal(row.ids, located.ids)
@@ -69,10 +69,11 @@ def test_logprobs_equal_a_transformers_forward(taught: tuple[Path, dict[str, Any
         assert np.abs(ties).max() < 1e-4  # the same ids, but for two that are equally likely
         assert (order == row.topk_ids).mean() > 0.999
         np.testing.assert_allclose(row.topk_logprobs, np.take_along_axis(logprobs, order, 1), atol=2e-2)
-        bits -= labels[located.byte_end > located.byte_start].sum() / math.log(2)
-    assert results[name]["bits"][0] == pytest.approx(bits, rel=1e-4)
-    assert results[name]["counts"]["bits"] == pytest.approx(bits, rel=1e-4)
-    assert results[name]["bits"][1] == results[name]["counts"]["bytes"]
+        bits.append(-labels[located.byte_end > located.byte_start].sum() / math.log(2))
+        size.append(located.bytes)
+    assert results[name]["counts"]["bits"] == pytest.approx(sum(bits), rel=1e-4)
+    assert results[name]["counts"]["bytes"] == sum(size)
+    assert results[name]["bits"] == [pytest.approx(sum(bits[:20]), rel=1e-4), sum(size[:20])]
 
 
 @pytest.mark.parametrize("name", SOUND)
@@ -82,21 +83,34 @@ def test_a_shard_is_the_same_whatever_was_taught_before(taught: tuple[Path, dict
 
 @pytest.mark.parametrize("name", SOUND)
 def test_long_rows_are_cut_and_counted(taught: tuple[Path, dict[str, Any]], name: str) -> None:
+    """A row ends with its last assistant turn that fits, end of turn included; one whose first does not fit says so."""
     folder, results = taught
-    rows = list(from_table(decode((folder / f"{name}.parquet").read_bytes())))
+    rows = {row.id: row for row in from_table(decode((folder / f"{name}.parquet").read_bytes()))}
     counts, (missing,) = results[name]["counts"], results[name]["missing"]
+    tokenizer = AutoTokenizer.from_pretrained(folder / name)
+    locator, chats = Locator(tokenizer), {one.id: one for one in conversations()}
+    late = locator.locate(chats["late"].messages)
     assert missing["id"] == "late"
-    assert "no assistant token within the first 150 of" in missing["reason"]
-    assert (counts["rows"], counts["unreached"], counts["rejected"], counts["quarantined"]) == (20, 1, 0, 0)
-    assert max(len(row.ids) for row in rows) <= 150
-    assert counts["cut_rows"] == 1 + sum(len(row.ids) == 150 for row in rows)
-    assert counts["positions"] == sum(len(row.position) for row in rows)
+    assert missing["reason"] == (
+        f"its first assistant turn ends at token {late.first_turn_end} of {len(late.ids)}, beyond the 150 of teach.max_length: "
+        f"shorten the row or raise teach.max_length to {late.first_turn_end}"
+    )
+    assert (counts["rows"], counts["unreached"], counts["rejected"], counts["quarantined"]) == (21, 1, 0, 0)
+    assert (counts["cut_rows"], counts["cut_turns"]) == (1, 2)
+    whole, kept = locator.locate(chats["long"].messages), rows["long"]
+    assert sorted(set(kept.message.tolist())) == [1, 3]
+    assert len(kept.ids) < 150 < int(whole.position[whole.message == 5][-1]) + 1
+    assert kept.ids[-1] == end_of_turn_id(tokenizer)
+    assert kept.position[-1] + 2 == len(kept.ids)
+    assert kept.byte_start[-1] == kept.byte_end[-1] == len(chats["long"].messages[3].content.encode())
+    assert all(len(row.ids) <= 150 for row in rows.values())
+    assert counts["positions"] == sum(len(row.position) for row in rows.values())
     assert results[name]["version"].startswith("vllm ")
 
 
 def test_suspects_are_read_alone_and_the_quarantined_not_at_all(taught: tuple[Path, dict[str, Any]]) -> None:
     found = taught[1]["llama"]["alone"]
-    assert [len(ids) for ids in found["told"]] == [18, 1]
+    assert [len(ids) for ids in found["told"]] == [19, 1]
     assert found["told"][1] == ["row-3"]
     assert "row-4" not in found["told"][0]
     assert found["counts"]["quarantined"] == 1
@@ -106,7 +120,7 @@ def test_suspects_are_read_alone_and_the_quarantined_not_at_all(taught: tuple[Pa
 def test_logprobs_that_are_not_finite_quarantine_their_rows(taught: tuple[Path, dict[str, Any]]) -> None:
     found = taught[1]["broken"]
     assert found["counts"]["rows"] == 0
-    assert found["counts"]["quarantined"] == 20
+    assert found["counts"]["quarantined"] == 21
     assert all("not finite" in row["reason"] for row in found["missing"] if row["id"] != "late")
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion_ray.config import ConfigError, load_config, parse_config
+from fusion_ray.config import ConfigError, CorpusConfig, load_config, parse_config
 
 MINIMAL = {"pivot": {"path": "p"}, "sources": [{"name": "a", "path": "q"}], "corpus": {"path": "rows.jsonl"}}
 
@@ -128,3 +128,52 @@ def test_unreadable_and_non_mapping_files_are_explained(tmp_path: Path) -> None:
         load_config(write(tmp_path, "- a\n- b\n"))
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(write(tmp_path, "a: [1"))
+
+
+def corpus_of(tmp_path: Path, **corpus: object) -> CorpusConfig:
+    return parse_config(MINIMAL | {"corpus": corpus}, folder=tmp_path).corpus
+
+
+def test_a_mixture_takes_the_place_of_a_path(tmp_path: Path) -> None:
+    sources = [{"path": "a.jsonl", "weight": 2}, {"path": ["s3://x/b.json", "c.json"], "name": "b", "format": "alpaca"}]
+    corpus = corpus_of(tmp_path, mixture=sources, format="sharegpt")
+    assert corpus.paths == (str(tmp_path / "a.jsonl"), "s3://x/b.json", str(tmp_path / "c.json"))
+    assert [(s.label, s.weight, s.format, s.max_rows) for s in corpus.mixture] == [
+        ("a.jsonl", 2.0, None, None),
+        ("b", 1.0, "alpaca", None),
+    ]
+    stored = parse_config(MINIMAL | {"corpus": corpus.model_dump(mode="json")})
+    assert stored.corpus == corpus
+
+
+def test_copies_are_left_out_of_a_mixture_unless_told_otherwise(tmp_path: Path) -> None:
+    mixture = [{"path": "a.jsonl"}]
+    assert corpus_of(tmp_path, mixture=mixture).removes_copies
+    assert not corpus_of(tmp_path, mixture=mixture, deduplicate=False).removes_copies
+    assert not corpus_of(tmp_path, path="a.jsonl").removes_copies
+    assert corpus_of(tmp_path, path="a.jsonl", deduplicate=True).removes_copies
+
+
+@pytest.mark.parametrize(
+    ("corpus", "words"),
+    [
+        ({}, "neither corpus.path nor corpus.mixture names a file"),
+        ({"path": []}, "neither corpus.path nor corpus.mixture names a file"),
+        ({"path": "a.jsonl", "mixture": [{"path": "b.jsonl"}]}, "corpus.path and corpus.mixture are both set"),
+        (
+            {"mixture": [{"path": "x/a.jsonl"}, {"path": "y/a.jsonl"}]},
+            "two sources .* named 'a.jsonl': give corpus.mixture.1",
+        ),
+        ({"mixture": [{"path": "a.jsonl"}, {"path": []}]}, "corpus.mixture.1.path is empty"),
+        ({"mixture": [{"path": "a.jsonl", "weight": 0}]}, "`corpus.mixture.0.weight`: .*greater than 0"),
+        (
+            {"mixture": [{"path": "a.jsonl", "wieght": 1}]},
+            "unknown key `corpus.mixture.0.wieght`: did you mean 'weight'",
+        ),
+        ({"mixture": [{"weight": 1}]}, "missing key `corpus.mixture.0.path`"),
+        ({"path": "a.jsonl", "shuffle_rows": 10**6}, "`corpus.shuffle_rows`: .*less than or equal to 100000"),
+    ],
+)
+def test_corpora_that_cannot_be_are_explained(tmp_path: Path, corpus: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        corpus_of(tmp_path, **corpus)

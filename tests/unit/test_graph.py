@@ -192,3 +192,37 @@ def test_held_out_rows_enter_the_key_only_where_there_are_any(raw: dict[str, obj
     held = changed(before, graph_of(raw, tmp_path, distill=every | {"heldout_share": 0.1}))
     assert {"distill:a", "distill:b", "distill:sft"} <= held
     assert not any(name.startswith(("teach", "align")) for name in held)
+
+
+def test_settings_of_the_corpus_enter_the_key_where_they_change_something(
+    raw: dict[str, object], tmp_path: Path
+) -> None:
+    def key(**corpus: object) -> str:
+        return graph_of(raw, tmp_path, corpus=corpus).corpus.key
+
+    plain = key(path="corpus.jsonl")
+    # The key of before there were mixtures: what was taught of a corpus then is still found.
+    assert graph_of(raw, tmp_path).corpus.artifact.config == {"format": "auto", "rows_per_shard": 256, "max_rows": None}
+    assert plain == key(path="corpus.jsonl", deduplicate=False, seed=7, shuffle_rows=0, max_rejected=0.5)
+    one = {"path": "corpus.jsonl"}
+    two = [one, {"path": "heldout.jsonl", "weight": 2}]
+    differ = [
+        plain,
+        key(path="corpus.jsonl", deduplicate=True),
+        key(path="corpus.jsonl", shuffle_rows=5),
+        key(path="corpus.jsonl", shuffle_rows=5, seed=1),
+        key(path=["corpus.jsonl", "heldout.jsonl"]),
+        key(mixture=[one]),
+        key(mixture=two),
+        key(mixture=two, seed=1),
+        key(mixture=two, deduplicate=False),
+        key(mixture=[one | {"name": "other"}, two[1]]),
+        key(mixture=[one | {"max_rows": 3}, two[1]]),
+        key(mixture=[one | {"format": "alpaca"}, two[1]]),
+        key(mixture=two[::-1]),
+        key(mixture=[{"path": ["corpus.jsonl", "heldout.jsonl"]}]),
+    ]
+    assert len(set(differ)) == len(differ)
+    assert key(mixture=two) == key(mixture=two, deduplicate=True, seed=0)
+    with pytest.raises(ConfigError, match=r"`corpus.mixture.1.path`: there is no file at .*gone.jsonl"):
+        key(mixture=[one, {"path": "gone.jsonl"}])

@@ -74,7 +74,7 @@ def test_no_room_is_said_with_the_setting_to_change(raw: dict[str, object], tmp_
     config = config_of(raw, tmp_path, max_workers=4, memory_gb=64)
     assert found(config) == [
         "distill: a worker holds 70.0 GB of weights, gradients and optimizer state at distill.zero_stage 2, and resources.distill.memory_gb is 64: "
-        "set zero_stage to 3 and raise resources.distill.max_workers over more machines, or take a smaller pivot"
+        "set zero_stage to 3 and raise resources.distill.max_workers over more machines, train adapters alone (distill.lora), or take a smaller pivot"
     ]
     assert found(config, parameters=PARAMETERS // 2) == []
     assert found(config_of(raw, tmp_path, distill={"zero_stage": 3}, max_workers=4, memory_gb=64)) == []

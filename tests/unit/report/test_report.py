@@ -58,6 +58,12 @@ def make_report() -> RunReport:
         "run": "demo",
         "versions": {"torch": "2.13.0"},
         "engine": {"teach": "vllm 0.29.0"},
+        "corpus": {
+            "rows": 960,
+            "rejected": 40,
+            "duplicates": 0,
+            "sources": {"all": {"read": 1000, "kept": 960, "rejected": 40, "duplicates": 0}},
+        },
         "stages": [
             {"stage": "teach", "branch": "qwen", "key": "0123456789abcdef", "status": "ran", "seconds": 12.34},
             {"stage": "merge", "branch": None, "key": "fedcba9876543210", "status": "cached", "seconds": 0.0},
@@ -185,7 +191,7 @@ def drawings(page: str) -> list[str]:
 def test_the_page_holds_every_part_and_is_well_formed(page: str) -> None:
     parsed = Page(page)
     assert parsed.open == []
-    for title in ("Scores", "Judge", "Training", "Merge weights", "Token alignment", "Stages", "Versions"):
+    for title in ("Scores", "Judge", "Training", "Merge weights", "Token alignment", "Corpus", "Stages", "Versions"):
         assert f"<h2>{title}</h2>" in page
     assert 'class="note">No ' not in page  # nothing is missing, so no sentence says so
     assert len(drawings(page)) == 5
@@ -404,3 +410,12 @@ def test_held_out_conversations_have_a_panel_of_their_own_where_they_were_measur
     assert "bits per byte" in drawings(page)[0]
     assert "No step trains on the held-out conversations" in page
     assert "No step trains on" not in without
+
+
+def test_the_corpus_by_source() -> None:
+    counts = {"read": 1200, "kept": 1000, "rejected": 150, "duplicates": 50}
+    corpus = {"rows": 1000, "rejected": 150, "duplicates": 50, "sources": {"share<gpt>": counts}}
+    page = build_report_html({"run": "r", "corpus": corpus})  # type: ignore[typeddict-item]
+    assert "1,000 conversations; 150 malformed rows and 50 copies were left out." in page
+    assert "share&lt;gpt&gt;</th><td>1,200</td><td>1,000</td><td>150</td><td>50</td>" in page
+    assert "No counts of the corpus" in build_report_html({"run": "r"})
