@@ -337,7 +337,7 @@ def test_a_disk_that_fills_up_midway(tmp_path: Path, capsys: Capture, monkeypatc
     def fills_up(descriptor: int, data: bytes, offset: int) -> int:
         nonlocal written
         written += len(data)
-        if written > 80_000:
+        if written > 100_000:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return pwrite(descriptor, data, offset)
 
