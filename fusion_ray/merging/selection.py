@@ -12,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from fusion_ray.merging import vectors
 from fusion_ray.merging.blocks import CHUNK, Block, Blocks, Inputs, Scratch
-from fusion_ray.merging.kernels import load, load_delta
+from fusion_ray.merging.kernels import load, load_delta, prefetch
+from fusion_ray.merging.vectors import SMALLEST_VARIANCE
 
 Ranks = npt.NDArray[np.uint32]
 Ranker = Callable[[Block, Ranks], None]  # fills (R, n)
-SMALLEST_VARIANCE = 2.0**-149  # float32's smallest positive number: a variance below it still is not zero
 _HALF = 1 << 16
 _ABSOLUTE = np.uint32(0x7FFFFFFF)
 
@@ -151,6 +152,16 @@ def _variance(inputs: Inputs, ranks: npt.NDArray[np.uint32]) -> None:
     scale = 1.0 / (M * M)
     for start in range(0, ranks.size, CHUNK):
         rank = ranks[start : start + CHUNK]
+        if inputs.bfloat16 and rank.size == CHUNK and 2 <= M <= 4:
+            for model in range(M + 1):
+                prefetch(inputs, model, start)
+            if M == 2:
+                vectors.variance_of_2(inputs.addresses.ctypes.data, start, rank.ctypes.data, scale)
+            elif M == 3:
+                vectors.variance_of_3(inputs.addresses.ctypes.data, start, rank.ctypes.data, scale)
+            else:
+                vectors.variance_of_4(inputs.addresses.ctypes.data, start, rank.ctypes.data, scale)
+            continue
         total, base, narrow = sums[: rank.size], room[0, : rank.size], room[1, : rank.size]
         bits = narrow.view(np.uint32)
         total[:] = 0.0

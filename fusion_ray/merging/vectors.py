@@ -15,6 +15,7 @@ from numba.extending import intrinsic
 from fusion_ray.merging.blocks import CHUNK
 
 LANES = 64  # of `kernels.fold`
+SMALLEST_VARIANCE = 2.0**-149  # float32's smallest positive number: a variance below it still is not zero
 _WIDTH = 16
 _INT, _HALVES = ir.VectorType(ir.IntType(32), _WIDTH), ir.VectorType(ir.IntType(16), _WIDTH)
 _FLOATS, _DOUBLES = ir.VectorType(ir.FloatType(), _WIDTH), ir.VectorType(ir.DoubleType(), _WIDTH)
@@ -127,3 +128,52 @@ def narrow(typing_context, values, base, stored, squares):  # type: ignore[no-un
         return builder.or_(chunk.total(moved), builder.shl(chunk.total(odd), ir.Constant(ir.IntType(64), 32)))
 
     return _compiled(build, 4)
+
+
+def _variance_of(targets: int) -> Any:
+    @intrinsic
+    def variance(typing_context, addresses, start, ranks, scale):  # type: ignore[no-untyped-def]
+        """`addresses` points to those (int64) of the base's and the targets' first elements of bfloat16, `start` is the chunk's; `ranks` (CHUNK,) uint32 get
+        the bits of float32(scale * sum_{i<j} (delta_i - delta_j)^2), at least the smallest number where the sum is not zero."""
+
+        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            addresses, start, ranks, scale = given
+            long, number, chunk = ir.IntType(64), ir.IntType(32), _Chunk(builder)
+            stored = [
+                builder.add(
+                    builder.load(
+                        builder.inttoptr(builder.add(addresses, ir.Constant(long, 8 * model)), long.as_pointer())
+                    ),
+                    builder.mul(start, ir.Constant(long, 2)),
+                )
+                for model in range(targets + 1)
+            ]
+            wide = builder.insert_element(ir.Constant(_DOUBLES, ir.Undefined), scale, ir.Constant(number, 0))
+            wide = builder.shuffle_vector(wide, ir.Constant(_DOUBLES, ir.Undefined), ir.Constant(_INT, [0] * _WIDTH))
+            smallest = ir.Constant(_DOUBLES, [SMALLEST_VARIANCE] * _WIDTH)
+            with cgutils.for_range(builder, ir.Constant(long, CHUNK // _WIDTH)) as loop:
+                at = builder.mul(loop.index, ir.Constant(long, 2 * _WIDTH))
+                here = [builder.add(each, at) for each in stored]
+                base = chunk.floats(chunk.bits(here[0], 0))
+                deltas = [
+                    builder.fpext(builder.fsub(chunk.floats(chunk.bits(each, 0)), base), _DOUBLES) for each in here[1:]
+                ]
+                total = NO_SUM
+                for i in range(targets):
+                    for j in range(i + 1, targets):
+                        apart = builder.fsub(deltas[i], deltas[j])
+                        total = builder.fadd(total, builder.fmul(apart, apart))
+                value = builder.fmul(total, wide)
+                value = builder.select(builder.fcmp_ordered("<", value, smallest), smallest, value)
+                value = builder.select(builder.fcmp_ordered(">", total, NO_SUM), builder.fptrunc(value, _FLOATS), ZEROS)
+                chunk.store(
+                    builder.bitcast(value, _INT), builder.add(ranks, builder.mul(at, ir.Constant(long, 2))), 4, 0
+                )
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64, types.float64), generate
+
+    return variance
+
+
+variance_of_2, variance_of_3, variance_of_4 = _variance_of(2), _variance_of(3), _variance_of(4)

@@ -9,6 +9,7 @@ from numpy.testing import assert_array_equal
 from fusion_ray.checkpoints.floats import Caster
 from fusion_ray.merging.blocks import CHUNK, Block, widen
 from fusion_ray.merging.changes import measure_changes
+from fusion_ray.merging.selection import rank_variance
 
 SIZE = 5 * CHUNK + 77  # whole chunks and one that is not
 
@@ -93,3 +94,16 @@ def test_the_figures_are_plain():
         (np.count_nonzero(apart),),
         (True, True),
     )
+
+
+@pytest.mark.parametrize("targets", [1, 2, 3, 4, 5])
+def test_ranks_by_variance(targets):
+    bits = stored(targets + 1)
+    bits[1:, ::5] = bits[1, ::5]  # equal targets: exactly zero
+    bits[1:, 1::50] = np.arange(targets)[:, None]  # variances below float32's smallest number
+    found, expected = np.empty((2, 1, SIZE), np.uint32)
+    for block, ranks in zip(both(bits), (found, expected), strict=True):
+        rank_variance(block, ranks)
+    assert_array_equal(found, expected)
+    assert (found[0, ::5] == 0).all()
+    assert targets == 1 or (found[0, 1::50] == 1).any()
