@@ -6,22 +6,41 @@ last; readers trust manifests only. Neither holds a time, a host or a path, so e
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import fsspec
 
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 MANIFEST = "manifest.json"
 UNITS = "_units"
+WAITS = (
+    1.0,
+    4.0,
+    10.0,
+)  # seconds before each further try of what may pass: a share or an object store that does not answer
+_MAY_PASS = {
+    getattr(errno, name)
+    for name in (
+        "EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EBUSY", "EPIPE", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED", "EHOSTUNREACH", "ENETUNREACH", "EREMOTEIO",
+    )
+    if hasattr(errno, name)
+}  # fmt: skip
 
 
 class StoreError(OSError):
@@ -118,7 +137,7 @@ class Folder:
     def read_bytes(self, name: str) -> bytes:
         """The content of `name`. Raises StoreError when it cannot be read."""
         try:
-            return bytes(self.fs.cat_file(self.path(name)))
+            return self._again(f"reading {name}", lambda: bytes(self.fs.cat_file(self.path(name))))
         except OSError as error:
             raise StoreError(f"cannot read {self.url}/{name}: {error.strerror or error}") from error
 
@@ -127,7 +146,8 @@ class Folder:
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write `name` whole or not at all. Raises StoreError on a full, read-only or unreachable storage."""
-        with _storage_errors(f"{self.url}/{name}"):
+
+        def write() -> None:
             if not self.is_local:
                 self.fs.pipe_file(self.path(name), data)
                 return
@@ -136,12 +156,16 @@ class Folder:
                 file.flush()
                 os.fsync(file.fileno())
 
+        with _storage_errors(f"{self.url}/{name}"):
+            self._again(f"writing {name}", write)
+
     def write_json(self, name: str, value: Mapping[str, object]) -> None:
         self.write_bytes(name, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
     def put_file(self, name: str, local: str | Path) -> None:
         """Copy the local file to `name`, whole or not at all. Raises StoreError as write_bytes."""
-        with _storage_errors(f"{self.url}/{name}"):
+
+        def put() -> None:
             if not self.is_local:
                 self.fs.put_file(str(local), self.path(name))
                 return
@@ -149,6 +173,24 @@ class Folder:
                 shutil.copyfile(local, temporary)
                 with open(temporary, "rb+") as file:
                     os.fsync(file.fileno())
+
+        with _storage_errors(f"{self.url}/{name}"):
+            self._again(f"writing {name}", put)
+
+    def _again(self, what: str, call: Callable[[], Result]) -> Result:
+        """The call's result, tried again after WAITS where the storage fails in a way that may pass. Raises its last OSError."""
+        for wait in WAITS:
+            try:
+                return call()
+            except (FileNotFoundError, PermissionError):
+                raise
+            except OSError as error:
+                # Object stores' own errors often have no number.
+                if error.errno not in _MAY_PASS and (self.is_local or error.errno is not None):
+                    raise
+                logger.warning("%s: %s failed (%s), tried again in %g s", self.url, what, error.strerror or error, wait)
+            time.sleep(wait)
+        return call()
 
     def names(self, folder: str = "") -> list[str]:
         """The files below `folder`, as names relative to this folder, sorted; empty where nothing exists."""

@@ -1,13 +1,16 @@
 """The store: whole files or none, records of units, manifests last, equal bytes for equal work, on a disk and on a remote filesystem."""
 
+import errno
 import os
 import pickle
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fusion_ray.store import Artifact, Store, StoreError, content_key
+from fusion_ray import store as storage
+from fusion_ray.store import Artifact, Folder, Store, StoreError, content_key
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -111,3 +114,68 @@ def test_storage_that_is_a_file_is_explained(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(StoreError, match="cannot write"):
         make(Store(str(tmp_path / "runs"))).commit_bytes("u", b"x")
+
+
+class Flaky:
+    """An operation of the storage that fails so many times."""
+
+    def __init__(self, real: Any, error: OSError, times: int) -> None:
+        self.real, self.error, self.left, self.calls = real, error, times, 0
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        self.calls += 1
+        if self.left:
+            self.left -= 1
+            raise self.error
+        return self.real(*arguments, **named)
+
+
+@pytest.fixture
+def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    waits: list[float] = []
+    monkeypatch.setattr(storage.time, "sleep", waits.append)
+    return waits
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ETIMEDOUT, errno.ESTALE])
+def test_a_storage_that_hiccups_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waited: list[float], number: int
+) -> None:
+    folder = Folder(str(tmp_path))
+    monkeypatch.setattr(storage.os, "fsync", Flaky(os.fsync, OSError(number, os.strerror(number)), 2))
+    folder.write_bytes("name", b"content")
+    assert folder.read_bytes("name") == b"content"
+    assert waited[:2] == [1.0, 4.0]
+    assert [file.name for file in tmp_path.iterdir()] == ["name"]
+
+
+def test_a_storage_that_stays_away_is_an_error_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waited: list[float]
+) -> None:
+    monkeypatch.setattr(storage.os, "fsync", Flaky(os.fsync, OSError(errno.EIO, "Input/output error"), 99))
+    with pytest.raises(StoreError, match=r"cannot write .*name: Input/output error"):
+        Folder(str(tmp_path)).write_bytes("name", b"content")
+    assert waited == list(storage.WAITS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_object_store_s_own_errors_may_pass_too(monkeypatch: pytest.MonkeyPatch, waited: list[float]) -> None:
+    folder = Folder("memory://flaky")
+    monkeypatch.setattr(
+        folder.fs, "pipe_file", Flaky(folder.fs.pipe_file, OSError("Please reduce your request rate."), 1)
+    )
+    folder.write_bytes("name", b"content")
+    assert folder.read_bytes("name") == b"content"
+    assert waited == [1.0]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), PermissionError(errno.EACCES, "no")]
+)
+def test_what_does_not_pass_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waited: list[float], error: OSError
+) -> None:
+    monkeypatch.setattr(storage.os, "fsync", Flaky(os.fsync, error, 99))
+    with pytest.raises(StoreError):
+        Folder(str(tmp_path)).write_bytes("name", b"content")
+    assert waited == []
