@@ -39,14 +39,16 @@ class Rejected:
     reason: str
 
 
-def read_conversations(paths: Sequence[str], *, format: str = "auto") -> Iterator[Conversation | Rejected]:
+def read_conversations(
+    paths: Sequence[str], *, format: str = "auto", key: str = "corpus.path"
+) -> Iterator[Conversation | Rejected]:
     """Every row of every file, in order. Ids are unique in what is yielded as a Conversation.
 
-    Raises ValueError naming corpus.path for a file that is missing, unreadable or of an unknown kind.
+    Raises ValueError naming `key` for a file that is missing, unreadable or of an unknown kind.
     """
     seen = Seen()
     for path in paths:
-        for number, row in read_rows(path, format=format, dataset=PurePosixPath(path).name):
+        for number, row in read_rows(path, format=format, dataset=PurePosixPath(path).name, key=key):
             if isinstance(row, Conversation) and not seen.add(id_digest(row.id)):
                 row = seen_before(row, number)
             yield row

@@ -131,7 +131,7 @@ def _exact_questions(path: str) -> list[Question]:
 
 def _heldout(path: str) -> tuple[list[Conversation], int]:
     """The conversations and the number of malformed rows."""
-    rows = list(read_conversations([path]))
+    rows = list(read_conversations([path], key="evaluate.heldout"))
     kept = [row for row in rows if isinstance(row, Conversation)]
     refused = [row for row in rows if isinstance(row, Rejected)]
     if not kept:

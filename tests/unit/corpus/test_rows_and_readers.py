@@ -192,3 +192,8 @@ def test_too_many_malformed_rows_fail_with_file_row_and_reason(tmp_path: Path) -
 def test_an_empty_corpus_is_an_error(tmp_path: Path, bad: int, words: str) -> None:
     with pytest.raises(ValueError, match=f"the corpus is empty.*{words}"):
         run(tmp_path, write(tmp_path, good=0, bad=bad), max_rejected=1.0)
+
+
+def test_another_key_is_named_where_the_file_is_another_one_s(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^evaluate\.heldout .*does not exist"):
+        list(read_conversations([str(tmp_path / "none.jsonl")], key="evaluate.heldout"))
