@@ -41,6 +41,7 @@ from fusion_ray.merging.task_vectors import add_elected
 Places = npt.NDArray[np.int64]  # of the selected positions in their chunk
 _MERGEKIT_UNIFORM_BELOW = 1e-6
 _MERGEKIT_LEAST_DIVISOR = 1e-6
+_NOT_KEPT, _NEVER_KEPT = np.int32(-1), np.int32(-2)  # counts of chunks
 SMALLEST = 2.0**-1022  # no eta is smaller without being zero
 VARIANTS = ("paper", "fusechat_release", "mergekit")
 
@@ -52,8 +53,10 @@ def sce(
     check_variant(variant)
     ranked = Ranked(blocks, rank_variance, rows=1)
     selection = _select(ranked, select_topk)
-    eta = _calculate(blocks, ranked, selection, variant=variant)
-    return TensorMerge(eta, _Erase(ranked, EVERYTHING if variant == "fusechat_release" else selection, variant, eta))
+    collected = _Collected(blocks.size, ranked.keeps and not selection.everything and variant != "fusechat_release")
+    eta = _calculate(blocks, ranked, selection, collected, variant=variant)
+    everything = variant == "fusechat_release"
+    return TensorMerge(eta, _Erase(ranked, EVERYTHING if everything else selection, collected, variant, eta))
 
 
 def check_variant(variant: str) -> None:
@@ -78,13 +81,28 @@ def _select(ranked: Ranked, select_topk: float) -> Selection:
     return selection
 
 
-def _calculate(blocks: Blocks, ranked: Ranked, selection: Selection, *, variant: str) -> Weights:
+class _Collected:
+    """What the pass that calculates eta leaves for the last one: of each chunk how many positions are selected, their places, their base and their task vectors
+    in the place of the ranks, which nobody needs any more. A chunk of which that has no room, or any where ranks are not kept, is selected again."""
+
+    def __init__(self, size: int, keeps: bool) -> None:
+        self.counts = np.full(chunks_of(size), _NOT_KEPT if keeps else _NEVER_KEPT, np.int32)
+        self.ties = np.zeros(chunks_of(size), np.int64)  # that were left to be taken where a chunk begins
+
+    def of(self, block: Block) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Views of a block's chunks."""
+        first = block.start // CHUNK
+        chunks = slice(first, first + chunks_of(block.size))
+        return self.counts[chunks], self.ties[chunks]
+
+
+def _calculate(blocks: Blocks, ranked: Ranked, selection: Selection, collected: _Collected, *, variant: str) -> Weights:
     thresholds, remaining = as_arrays([selection])
     sums: list[Doubles] = []
     for block in blocks:
         of_block = np.empty((blocks.targets, chunks_of(block.size)))
         ranks = _ranks(ranked, selection, block)
-        _square_selected(block.inputs, block.size, ranks, thresholds, remaining, of_block)
+        _square_selected(block.inputs, block.size, ranks, thresholds, remaining, *collected.of(block), of_block)
         sums.append(of_block)
     squares = [exact_sum([each[j] for each in sums]) for j in range(blocks.targets)]
     return eta_of(squares, blocks.size, variant)
@@ -93,9 +111,9 @@ def _calculate(blocks: Blocks, ranked: Ranked, selection: Selection, *, variant:
 class _Erase:
     """The last step of one tensor, block after block, in order."""
 
-    def __init__(self, ranked: Ranked, selection: Selection, variant: str, eta: Weights) -> None:
-        self._ranked, self._selection = ranked, selection
-        self._thresholds, self._remaining = as_arrays([selection])
+    def __init__(self, ranked: Ranked, selection: Selection, collected: _Collected, variant: str, eta: Weights) -> None:
+        self._ranked, self._selection, self._collected = ranked, selection, collected
+        self._thresholds, _ = as_arrays([selection])
         self._paper = variant == "paper"
         self._eta = np.asarray(eta, np.float64)
         self._voices = np.ones(len(eta))
@@ -103,7 +121,7 @@ class _Erase:
 
     def __call__(self, block: Block, out: Floats) -> None:
         ranks = _ranks(self._ranked, self._selection, block)
-        selected = block.inputs, ranks, self._thresholds, self._remaining
+        selected = block.inputs, ranks, self._thresholds, *self._collected.of(block)
         if self._paper:
             _add_unopposed(*selected, self._eta, out)
         else:
@@ -181,15 +199,21 @@ def _square_selected(
     ranks: Ranks,
     thresholds: npt.NDArray[np.int64],
     remaining: npt.NDArray[np.int64],
+    counts: npt.NDArray[np.int32],
+    ties: npt.NDArray[np.int64],
     sums: Doubles,
 ) -> None:
-    """Chunk sums of dhat_j^2, as `dot` adds them up over all elements of the chunk: those that are not selected add nothing."""
+    """Chunk sums of dhat_j^2, as `dot` adds them up over all elements of the chunk: those that are not selected add nothing. Leaves what `_Collected` says."""
     places, lanes = np.empty(CHUNK, np.int64), np.empty(LANES, np.float64)
     bases, room = np.empty(CHUNK, np.float32), np.empty(sums.shape[0] * CHUNK, np.float32)
     for chunk in range(sums.shape[1]):
         start = chunk * CHUNK
         of_chunk = min(CHUNK, size - start)
+        ties[chunk] = remaining[0]
         deltas = _select_chunk(inputs, start, of_chunk, ranks, thresholds, remaining, places, bases, room)
+        if counts[chunk] == _NOT_KEPT and (deltas.shape[0] + 2) * deltas.shape[1] <= of_chunk:
+            counts[chunk] = deltas.shape[1]
+            _keep(ranks[start : start + of_chunk], places, bases, deltas)
         for j in range(deltas.shape[0]):
             delta = deltas[j]
             if thresholds[0] < 0:
@@ -200,6 +224,52 @@ def _square_selected(
                 value = np.float64(delta[s])
                 lanes[places[s] % LANES] += value * value
             sums[j, chunk] = fold(lanes)
+
+
+@njit(cache=True, nogil=True)
+def _keep(ranks: Ranks, places: Places, bases: Floats, deltas: Floats) -> None:
+    """Over a chunk's ranks: the places, the bases and the task vectors of its selected positions."""
+    count = deltas.shape[1]
+    floats = ranks.view(np.float32)
+    for s in range(count):
+        ranks[s] = np.uint32(places[s])
+        floats[count + s] = bases[s]
+    for j in range(deltas.shape[0]):
+        kept, delta = floats[(2 + j) * count : (3 + j) * count], deltas[j]
+        for s in range(count):
+            kept[s] = delta[s]
+
+
+@njit(cache=True, nogil=True)
+def _selected_again(
+    inputs: Inputs,
+    start: int,
+    size: int,
+    ranks: Ranks,
+    thresholds: npt.NDArray[np.int64],
+    count: np.int32,
+    ties: np.int64,
+    places: Places,
+    bases: Floats,
+    room: Floats,
+) -> Floats:
+    """As `_select_chunk` gave it to the pass before: what was kept of `count` positions, or selected anew."""
+    if count < 0:
+        remaining = np.empty(1, np.int64)
+        remaining[0] = ties
+        return _select_chunk(inputs, start, size, ranks, thresholds, remaining, places, bases, room)
+    M = inputs.addresses.size - 1
+    kept = ranks[start : start + size].view(np.float32)
+    of_ranks = ranks[start : start + count]
+    deltas = room[: M * count].reshape(M, count)
+    for s in range(count):
+        places[s] = of_ranks[s]
+        bases[s] = kept[count + s]
+    for j in range(M):
+        delta, stored = deltas[j], kept[(2 + j) * count : (3 + j) * count]
+        for s in range(count):
+            delta[s] = stored[s]
+    return deltas
 
 
 @njit(cache=True, nogil=True)
@@ -218,7 +288,8 @@ def _add_unopposed(
     inputs: Inputs,
     ranks: Ranks,
     thresholds: npt.NDArray[np.int64],
-    remaining: npt.NDArray[np.int64],
+    counts: npt.NDArray[np.int32],
+    ties: npt.NDArray[np.int64],
     eta: Doubles,
     out: Floats,
 ) -> None:
@@ -226,9 +297,12 @@ def _add_unopposed(
     places, bases, results = np.empty(CHUNK, np.int64), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     room = np.empty(eta.size * CHUNK, np.float32)
     signs, totals = np.empty(CHUNK, np.float64), np.empty(CHUNK, np.float64)
-    for start in range(0, out.size, CHUNK):
+    for chunk in range(counts.size):
+        start = chunk * CHUNK
         of_chunk = min(CHUNK, out.size - start)
-        deltas = _select_chunk(inputs, start, of_chunk, ranks, thresholds, remaining, places, bases, room)
+        deltas = _selected_again(
+            inputs, start, of_chunk, ranks, thresholds, counts[chunk], ties[chunk], places, bases, room
+        )
         size = deltas.shape[1]
         sign, total, base, merged = signs[:size], totals[:size], bases[:size], results[:size]
         sign[:] = 0.0
@@ -254,7 +328,8 @@ def _add_agreeing(
     inputs: Inputs,
     ranks: Ranks,
     thresholds: npt.NDArray[np.int64],
-    remaining: npt.NDArray[np.int64],
+    counts: npt.NDArray[np.int32],
+    ties: npt.NDArray[np.int64],
     voices: Doubles,
     eta: Doubles,
     least: float,
@@ -263,9 +338,12 @@ def _add_agreeing(
     """The two programs' erase and sum: an election with one voice each, divided by the eta of those that agree."""
     places, bases, results = np.empty(CHUNK, np.int64), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     room = np.empty(eta.size * CHUNK, np.float32)
-    for start in range(0, out.size, CHUNK):
+    for chunk in range(counts.size):
+        start = chunk * CHUNK
         of_chunk = min(CHUNK, out.size - start)
-        deltas = _select_chunk(inputs, start, of_chunk, ranks, thresholds, remaining, places, bases, room)
+        deltas = _selected_again(
+            inputs, start, of_chunk, ranks, thresholds, counts[chunk], ties[chunk], places, bases, room
+        )
         merged = results[: deltas.shape[1]]
         add_elected(bases[: merged.size], deltas, voices, eta, True, SMALLEST, least, 1.0, merged)
         _put(inputs, start, thresholds[0] < 0, places, merged, out[start : start + CHUNK])

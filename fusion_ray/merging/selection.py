@@ -45,8 +45,8 @@ class Ranked:
     def __init__(self, blocks: Blocks, rank: Ranker, *, rows: int) -> None:
         self.rows, self.size = rows, blocks.size
         self._blocks, self._rank = blocks, rank
-        keeps = rows * blocks.size * np.dtype(np.uint32).itemsize <= blocks.spare
-        self._room = blocks.kept.take(1, rows * blocks.size)[0] if keeps else None
+        self.keeps = rows * blocks.size * np.dtype(np.uint32).itemsize <= blocks.spare
+        self._room = blocks.kept.take(1, rows * blocks.size)[0] if self.keeps else None
         self._kept: dict[int, Ranks] = {}
         self._scratch = Scratch(np.uint32)
 

@@ -12,6 +12,7 @@ from fusion_ray.merging.changes import measure_changes
 from fusion_ray.merging.methods import METHODS
 from fusion_ray.merging.parameters import METHOD_PARAMETERS, complete_parameters
 from fusion_ray.merging.sampling import stream_keys, uniform
+from fusion_ray.merging.sce import sce
 from fusion_ray.merging.varm import varm_weights
 from tests.reference import merging as oracle
 from tests.unit.merging import properties
@@ -243,3 +244,26 @@ def test_bad_parameters():
         complete_parameters("task_arithmetic", {}, targets=2)
     with pytest.raises(ValueError, match="a block of 1000 elements: give a multiple of 1024"):
         ArrayBlocks(base, targets, step=1000)
+
+
+@pytest.mark.parametrize("variant", ["paper", "mergekit", "fusechat_release"])
+@pytest.mark.parametrize("select_topk", [0.05, 0.2, 0.21, 0.5])
+def test_sce_is_the_same_whatever_it_has_room_to_keep(variant: str, select_topk: float) -> None:
+    """Of some chunks what was selected fits over the ranks, of others it does not; many ranks are equal, so ties run out in the middle."""
+    rng = np.random.default_rng(5)
+    base = rng.standard_normal(7 * 1024 + 300).astype(np.float32)
+    steps = rng.integers(-3, 4, (3, base.size)) * np.linspace(0, 1, base.size).round(1)
+    targets = [(base + 0.125 * step).astype(np.float32) for step in steps]
+    outcomes = []
+    for spare in (1 << 20, 0):
+        blocks = ArrayBlocks(base, targets, spare=spare, step=2048)
+        ready = sce(blocks, variant=variant, select_topk=select_topk)
+        outs = []
+        for block in blocks:
+            out = np.empty(block.size, np.float32)
+            ready.apply(block, out)
+            outs.append(out)
+        outcomes.append((ready.weights, np.concatenate(outs)))
+    assert outcomes[0][0] == outcomes[1][0]
+    np.testing.assert_array_equal(outcomes[0][1], outcomes[1][1])
+    assert variant == "fusechat_release" or 0 < np.count_nonzero(outcomes[0][1] != base) <= select_topk * base.size
