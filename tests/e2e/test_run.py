@@ -36,7 +36,9 @@ def statuses(folder: Path) -> dict[str, str]:
 
 
 def test_report_json_holds_what_the_run_made(first_run: dict[str, object]) -> None:
-    assert set(first_run) == {"run", "versions", "stages", "models", "alignment", "merges", "engine"}
+    assert set(first_run) == {"run", "versions", "stages", "corpus", "models", "alignment", "merges", "engine"}
+    corpus = first_run["corpus"]
+    assert corpus["rows"] == sum(source["kept"] for source in corpus["sources"].values())  # type: ignore[index, attr-defined]
     assert {stage["status"] for stage in first_run["stages"]} == {"ran"}  # type: ignore[index, attr-defined]
     models = {model["name"]: model for model in first_run["models"]}  # type: ignore[index, attr-defined]
     roles = [model["role"] for model in models.values()]
