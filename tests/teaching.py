@@ -1,13 +1,19 @@
-"""Teacher rows without an engine, for tests of what reads them: real tokenizers and templates, made-up distributions. Called by tests of the align stage."""
+"""What tests of teaching and of what reads it share: a small corpus, and teacher rows without an engine (real tokenizers, made-up distributions)."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from fusion_ray.corpus.ingest import ingest
 from fusion_ray.corpus.spans import Locator
 from fusion_ray.logprobs.codec import TeacherRow
 from fusion_ray.records import Message
+from fusion_ray.store import Artifact, Store
+from tests.tiny import SENTENCES
 
 
 def made_up_rows(
@@ -45,3 +51,24 @@ def made_up_rows(
             )
         )
     return found
+
+
+def make_corpus(folder: Path, rows: int = 48, rows_per_shard: int = 12, extra: list[dict[str, Any]] = []) -> Artifact:  # noqa: B006 never changed
+    lines = []
+    for number in range(rows):
+        first, second = SENTENCES[number % len(SENTENCES)], SENTENCES[(5 * number + 1) % len(SENTENCES)]
+        turns = [("human", f"{number}: {first}"), ("gpt", second), ("human", "And then?"), ("gpt", f"{first} {number}")]
+        lines.append(json.dumps({"id": f"row-{number}", "conversations": [{"from": r, "value": v} for r, v in turns]}))
+    lines += [json.dumps(row) for row in extra]
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    corpus = Store(str(folder / "store")).artifact("corpus", 1, {}, {})
+    ingest(
+        corpus,
+        paths=[str(folder / "data.jsonl")],
+        format="auto",
+        rows_per_shard=rows_per_shard,
+        max_rows=None,
+        max_rejected=0,
+        report=lambda figures: None,
+    )
+    return corpus

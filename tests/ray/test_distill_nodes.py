@@ -1,6 +1,5 @@
 """The distill stage on a cluster whose nodes go: one is announced to be taken and then taken, the next dies without a word. Nobody calls the stage again."""
 
-import importlib.util
 import json
 import threading
 import time
@@ -15,23 +14,11 @@ from ray.cluster_utils import Cluster
 from fusion_ray.config import DistillConfig, ModelConfig, WorkerResources
 from fusion_ray.stages.distill import distill
 from fusion_ray.store import Artifact
+from tests import tiny
+from tests.ray import training
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]  # three starts of a worker group: a minute and a half
-HERE = Path(__file__).parent
 STORE = 100 << 20  # bytes of a node's object store
-
-
-def _helper(name: str, path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-training = _helper("training", HERE / "training.py")
-tiny = _helper("tiny", HERE.parent / "tiny.py")
 
 
 @pytest.fixture

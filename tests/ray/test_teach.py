@@ -17,6 +17,7 @@ from fusion_ray.corpus.ingest import ingest
 from fusion_ray.corpus.shards import REJECTED, decode_conversations, decode_rejected
 from fusion_ray.logprobs.codec import decode, from_table
 from fusion_ray.store import Artifact, Manifest, Store
+from tests.teaching import make_corpus
 from tests.tiny import SENTENCES, make_tiny_model
 
 pytestmark = pytest.mark.ray
@@ -44,27 +45,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelConfig]:
     make_tiny_model(folder / "one", "llama", "bytelevel", seed=1)
     make_tiny_model(folder / "two", "mistral", "sentencepiece", "nosystem", seed=2)
     return {name: ModelConfig(name=name, path=str(folder / name), dtype="float32") for name in ("one", "two")}
-
-
-def make_corpus(folder: Path, rows: int = 48, rows_per_shard: int = 12, extra: list[dict[str, Any]] = []) -> Artifact:  # noqa: B006 never changed
-    lines = []
-    for number in range(rows):
-        first, second = SENTENCES[number % len(SENTENCES)], SENTENCES[(5 * number + 1) % len(SENTENCES)]
-        turns = [("human", f"{number}: {first}"), ("gpt", second), ("human", "And then?"), ("gpt", f"{first} {number}")]
-        lines.append(json.dumps({"id": f"row-{number}", "conversations": [{"from": r, "value": v} for r, v in turns]}))
-    lines += [json.dumps(row) for row in extra]
-    (folder / "data.jsonl").write_text("\n".join(lines))
-    corpus = Store(str(folder / "store")).artifact("corpus", 1, {}, {})
-    ingest(
-        corpus,
-        paths=[str(folder / "data.jsonl")],
-        format="auto",
-        rows_per_shard=rows_per_shard,
-        max_rows=None,
-        max_rejected=0,
-        report=lambda figures: None,
-    )
-    return corpus
 
 
 def run(out: Artifact, corpus: Artifact, model: ModelConfig, **changes: object) -> Manifest:

@@ -18,11 +18,11 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from fusion_ray.corpus.ingest import ingest
 from fusion_ray.corpus.shards import REJECTED
 from fusion_ray.logprobs.codec import decode, from_table
-from fusion_ray.store import Artifact, Store
-from tests.tiny import SENTENCES, make_tiny_model
+from fusion_ray.store import Artifact
+from tests.teaching import make_corpus
+from tests.tiny import make_tiny_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]  # an engine starts anew after every kill
 HERE = Path(__file__).parent
@@ -41,26 +41,6 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     )
     yield cluster
     cluster.shutdown()
-
-
-def make_corpus(folder: Path) -> Artifact:
-    rows = []
-    for number in range(SHARDS * ROWS):
-        first, second = SENTENCES[number % len(SENTENCES)], SENTENCES[(5 * number + 1) % len(SENTENCES)]
-        turns = [{"from": "human", "value": f"{number}: {first}"}, {"from": "gpt", "value": second}]
-        rows.append(json.dumps({"id": f"row-{number}", "conversations": turns}))
-    (folder / "data.jsonl").write_text("\n".join(rows))
-    corpus = Store(str(folder / "store")).artifact("corpus", 1, {}, {})
-    ingest(
-        corpus,
-        paths=[str(folder / "data.jsonl")],
-        format="auto",
-        rows_per_shard=ROWS,
-        max_rows=None,
-        max_rejected=0,
-        report=lambda figures: None,
-    )
-    return corpus
 
 
 class Run:
@@ -109,7 +89,7 @@ def rows_of(out: Artifact) -> list[tuple[str, bytes]]:
 def test_killed_at_random_moments_the_table_is_the_undisturbed_one(tmp_path: Path, cluster: Cluster) -> None:
     chance = random.Random(SEED)
     make_tiny_model(tmp_path / "one", "llama", "bytelevel", seed=1)
-    corpus = make_corpus(tmp_path)
+    corpus = make_corpus(tmp_path, rows=SHARDS * ROWS, rows_per_shard=ROWS)
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=STORE) for _ in range(2)]
     task = {"address": cluster.address, "corpus": corpus.url, "model": str(tmp_path / "one")}
     run = Run(task | {"out": str(tmp_path / "disturbed")}, tmp_path / "disturbed.log")
