@@ -1,6 +1,7 @@
 """DeepSpeed for one training run: its config from plain values, the engine, and what must be switched off around it. Called by workers/trainer.py."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 
 import deepspeed
@@ -20,8 +21,10 @@ def settle(device: torch.device, threads: int) -> None:
     """Make results independent of the machine's load: a fixed number of threads and, on the CPU, deterministic kernels.
 
     On the CPU it also tells DeepSpeed that none of its compiled operators exist, as it would otherwise compile `deepspeed_shm_comm` in every process
-    under one file lock, which a killed build leaves locked; it serves inference only.
+    under one file lock, which a killed build leaves locked; it serves inference only. Torch's warnings that DeepSpeed calls collectives by their old names,
+    one for every call, are switched off: a user can do nothing about them.
     """
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     torch.set_num_threads(threads)
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)

@@ -58,8 +58,10 @@ def main(task: dict) -> None:
     facts = train(places, DistillConfig.model_validate(task["config"]), key=task["key"], seed=7, report=report)
     if rank == 0:
         (work / "facts.json").write_text(json.dumps(facts))
-    dist.destroy_process_group()  # as Ray Train does; its threads must not outlive the interpreter
+    dist.destroy_process_group()  # as Ray Train does
 
 
 if __name__ == "__main__":
     main(json.loads(sys.argv[1]))
+    sys.stderr.flush()
+    os._exit(0)  # as Ray ends an actor: gloo's and torch's threads may abort an interpreter that is being torn down

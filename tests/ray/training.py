@@ -123,5 +123,10 @@ def run_training(
         (work / f"stderr-{rank}.txt").write_text(error)
     killed = stop_after is not None or kill_converting
     if not killed and any(process.returncode for process in processes):  # the ranks beside a killed one fail too
-        raise RuntimeError("\n".join(errors))
+        raise RuntimeError(
+            "\n".join(
+                f"rank {rank} ended with code {process.returncode}:\n{error}"
+                for rank, (process, error) in enumerate(zip(processes, errors, strict=True))
+            )
+        )
     return [json.loads(line) for line in reports.read_text().splitlines()] if reports.exists() else []
