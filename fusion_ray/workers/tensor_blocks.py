@@ -24,7 +24,7 @@ _PER_ELEMENT = 32  # bytes beside the windows, of one model and element of a blo
 
 
 def smallest_bound(models: int, threads: int) -> int:
-    """The least `max_bytes_in_flight`: half of it is for windows, a quarter for blocks, a quarter for what methods keep of a tensor."""
+    """The least `max_bytes_in_flight`: half of it is for windows, a quarter for blocks, a quarter or more for what methods keep of a tensor."""
     return threads * CHUNK * models * max(2 * _WINDOWS * _WIDEST, 4 * _PER_ELEMENT)
 
 
@@ -62,9 +62,9 @@ class Room:
             )
         return size
 
-    @property
-    def spare(self) -> int:
-        return self._bound // 4
+    def spare(self, blocks: int, windows: int) -> int:
+        """What is left for methods of the bound, beside the bytes of blocks and of windows."""
+        return max(self._bound - blocks - windows, self._bound // 4)
 
     def window_size(self, item_bytes: int, block: int) -> int:
         """Elements of a window, a multiple of a block; `item_bytes` of one element of all models."""
@@ -106,9 +106,13 @@ class TensorBlocks:
         self.size = info.size
         self.row = info.shape[-1] if info.shape else 1
         self.targets = len(targets)
-        self.spare, self.kept = room.spare, room.kept
         self._block = room.block_size(len(self._inputs), self.row if whole_rows else CHUNK)
-        self._window = room.window_size(sum(ITEM_BYTES[dtype] for dtype in self.dtypes), self._block)
+        item_bytes = sum(ITEM_BYTES[dtype] for dtype in self.dtypes)
+        self._window = room.window_size(item_bytes, self._block)
+        self.kept = room.kept
+        self.spare = room.spare(
+            self._block * len(self._inputs) * _PER_ELEMENT, 0 if self._maps() else _WINDOWS * self._window * item_bytes
+        )
 
     def __iter__(self) -> Iterator[Block]:
         as_it_is = set(self.dtypes) in ({"F32"}, {"BF16"})  # what compiled loops take; others are made float32
