@@ -17,6 +17,7 @@ variant "mergekit" (0.1.5): the sum takes dhat_j, divided likewise (by no less t
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,14 +35,23 @@ from fusion_ray.merging.blocks import (
     exact_sum,
     shares,
 )
+from fusion_ray.merging.gathering import Gathered, Records, gather_selected, selected_of
 from fusion_ray.merging.kernels import LANES, chunks_of, dot, fold, gather, load, load_delta
-from fusion_ray.merging.selection import EVERYTHING, Ranked, Ranks, Selection, as_arrays, rank_variance, select_top
+from fusion_ray.merging.selection import (
+    EVERYTHING,
+    Places,
+    Ranked,
+    Ranks,
+    Selection,
+    as_arrays,
+    places_of,
+    rank_variance,
+    select_top,
+)
 from fusion_ray.merging.task_vectors import add_elected
 
-Places = npt.NDArray[np.int64]  # of the selected positions in their chunk
 _MERGEKIT_UNIFORM_BELOW = 1e-6
 _MERGEKIT_LEAST_DIVISOR = 1e-6
-_NOT_KEPT, _NEVER_KEPT = np.int32(-1), np.int32(-2)  # counts of chunks
 SMALLEST = 2.0**-1022  # no eta is smaller without being zero
 VARIANTS = ("paper", "fusechat_release", "mergekit")
 
@@ -49,14 +59,19 @@ VARIANTS = ("paper", "fusechat_release", "mergekit")
 def sce(
     blocks: Blocks, weights: Weights | None = None, *, variant: str = "paper", select_topk: float = 0.1
 ) -> TensorMerge:
-    """SCE made ready for one tensor in three passes over it. Raises ValueError for an unknown variant. `weights` is not used."""
+    """SCE made ready for one tensor: in one pass over it where that does (`gathering.py`), else in three. `weights` is not used. Raises ValueError for an
+    unknown variant."""
     check_variant(variant)
+    if select_topk < 1 and variant != "fusechat_release":
+        gathered = gather_selected(blocks, select_topk)
+        if gathered is not None:
+            eta = eta_of(gathered.squares, blocks.size, variant)
+            return TensorMerge(eta, _EraseGathered(gathered, _rule(variant, eta)))
     ranked = Ranked(blocks, rank_variance, rows=1)
     selection = _select(ranked, select_topk)
-    collected = _Collected(blocks.size, ranked.keeps and not selection.everything and variant != "fusechat_release")
-    eta = _calculate(blocks, ranked, selection, collected, variant=variant)
+    eta = _calculate(blocks, ranked, selection, variant=variant)
     everything = variant == "fusechat_release"
-    return TensorMerge(eta, _Erase(ranked, EVERYTHING if everything else selection, collected, variant, eta))
+    return TensorMerge(eta, _Erase(ranked, EVERYTHING if everything else selection, _rule(variant, eta)))
 
 
 def check_variant(variant: str) -> None:
@@ -81,51 +96,51 @@ def _select(ranked: Ranked, select_topk: float) -> Selection:
     return selection
 
 
-class _Collected:
-    """What the pass that calculates eta leaves for the last one: of each chunk how many positions are selected, their places, their base and their task vectors
-    in the place of the ranks, which nobody needs any more. A chunk of which that has no room, or any where ranks are not kept, is selected again."""
-
-    def __init__(self, size: int, keeps: bool) -> None:
-        self.counts = np.full(chunks_of(size), _NOT_KEPT if keeps else _NEVER_KEPT, np.int32)
-        self.ties = np.zeros(chunks_of(size), np.int64)  # that were left to be taken where a chunk begins
-
-    def of(self, block: Block) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """Views of a block's chunks."""
-        first = block.start // CHUNK
-        chunks = slice(first, first + chunks_of(block.size))
-        return self.counts[chunks], self.ties[chunks]
-
-
-def _calculate(blocks: Blocks, ranked: Ranked, selection: Selection, collected: _Collected, *, variant: str) -> Weights:
+def _calculate(blocks: Blocks, ranked: Ranked, selection: Selection, *, variant: str) -> Weights:
     thresholds, remaining = as_arrays([selection])
     sums: list[Doubles] = []
     for block in blocks:
         of_block = np.empty((blocks.targets, chunks_of(block.size)))
         ranks = _ranks(ranked, selection, block)
-        _square_selected(block.inputs, block.size, ranks, thresholds, remaining, *collected.of(block), of_block)
+        _square_selected(block.inputs, block.size, ranks, thresholds, remaining, of_block)
         sums.append(of_block)
     squares = [exact_sum([each[j] for each in sums]) for j in range(blocks.targets)]
     return eta_of(squares, blocks.size, variant)
 
 
+class _Rule(NamedTuple):
+    """How the selected task vectors become one."""
+
+    paper: bool
+    voices: Doubles  # (M,)
+    eta: Doubles  # (M,)
+    least: float  # divisor
+
+
+def _rule(variant: str, eta: Weights) -> _Rule:
+    return _Rule(variant == "paper", np.ones(len(eta)), np.asarray(eta, np.float64), least_divisor(variant))
+
+
 class _Erase:
     """The last step of one tensor, block after block, in order."""
 
-    def __init__(self, ranked: Ranked, selection: Selection, collected: _Collected, variant: str, eta: Weights) -> None:
-        self._ranked, self._selection, self._collected = ranked, selection, collected
-        self._thresholds, _ = as_arrays([selection])
-        self._paper = variant == "paper"
-        self._eta = np.asarray(eta, np.float64)
-        self._voices = np.ones(len(eta))
-        self._least = least_divisor(variant)
+    def __init__(self, ranked: Ranked, selection: Selection, rule: _Rule) -> None:
+        self._ranked, self._selection, self._rule = ranked, selection, rule
+        self._thresholds, self._remaining = as_arrays([selection])
 
     def __call__(self, block: Block, out: Floats) -> None:
         ranks = _ranks(self._ranked, self._selection, block)
-        selected = block.inputs, ranks, self._thresholds, *self._collected.of(block)
-        if self._paper:
-            _add_unopposed(*selected, self._eta, out)
-        else:
-            _add_agreeing(*selected, self._voices, self._eta, self._least, out)
+        _erase(block.inputs, ranks, self._thresholds, self._remaining, self._rule, out)
+
+
+class _EraseGathered:
+    """The same from what was gathered."""
+
+    def __init__(self, gathered: Gathered, rule: _Rule) -> None:
+        self._gathered, self._rule = gathered, rule
+
+    def __call__(self, block: Block, out: Floats) -> None:
+        _erase_gathered(block.inputs, self._gathered.records, *self._gathered.of(block), self._rule, out)
 
 
 def _ranks(ranked: Ranked, selection: Selection, block: Block) -> Ranks:
@@ -156,7 +171,7 @@ def _select_chunk(
         for j in range(M):
             load_delta(inputs, j, start, base, deltas[j])
         return deltas
-    count = _places_of(ranks[start : start + size], np.uint32(thresholds[0]), remaining, places)
+    count = places_of(ranks[start : start + size], np.uint32(thresholds[0]), remaining, places)
     base, deltas = bases[:count], room[: M * count].reshape(M, count)
     gather(inputs, 0, start, places, base)
     for j in range(M):
@@ -168,52 +183,21 @@ def _select_chunk(
 
 
 @njit(cache=True, nogil=True)
-def _places_of(ranks: Ranks, least: np.uint32, remaining: npt.NDArray[np.int64], places: Places) -> int:
-    """Where a chunk's ranks are above `least`, or equal to it while ties remain; how many. No branch in the loop that is nearly always taken."""
-    equal = np.uint32(0)
-    for i in range(ranks.size):
-        equal += np.uint32(ranks[i] == least)
-    count = 0
-    if equal <= remaining[0]:
-        remaining[0] -= equal
-        for i in range(ranks.size):
-            places[count] = i
-            count += ranks[i] >= least
-        return count
-    for i in range(ranks.size):
-        if ranks[i] == least:
-            if remaining[0] == 0:
-                continue
-            remaining[0] -= 1
-        elif ranks[i] < least:
-            continue
-        places[count] = i
-        count += 1
-    return count
-
-
-@njit(cache=True, nogil=True)
 def _square_selected(
     inputs: Inputs,
     size: int,
     ranks: Ranks,
     thresholds: npt.NDArray[np.int64],
     remaining: npt.NDArray[np.int64],
-    counts: npt.NDArray[np.int32],
-    ties: npt.NDArray[np.int64],
     sums: Doubles,
 ) -> None:
-    """Chunk sums of dhat_j^2, as `dot` adds them up over all elements of the chunk: those that are not selected add nothing. Leaves what `_Collected` says."""
+    """Chunk sums of dhat_j^2, as `dot` adds them up over all elements of the chunk: those that are not selected add nothing."""
     places, lanes = np.empty(CHUNK, np.int64), np.empty(LANES, np.float64)
     bases, room = np.empty(CHUNK, np.float32), np.empty(sums.shape[0] * CHUNK, np.float32)
     for chunk in range(sums.shape[1]):
         start = chunk * CHUNK
         of_chunk = min(CHUNK, size - start)
-        ties[chunk] = remaining[0]
         deltas = _select_chunk(inputs, start, of_chunk, ranks, thresholds, remaining, places, bases, room)
-        if counts[chunk] == _NOT_KEPT and (deltas.shape[0] + 2) * deltas.shape[1] <= of_chunk:
-            counts[chunk] = deltas.shape[1]
-            _keep(ranks[start : start + of_chunk], places, bases, deltas)
         for j in range(deltas.shape[0]):
             delta = deltas[j]
             if thresholds[0] < 0:
@@ -227,123 +211,75 @@ def _square_selected(
 
 
 @njit(cache=True, nogil=True)
-def _keep(ranks: Ranks, places: Places, bases: Floats, deltas: Floats) -> None:
-    """Over a chunk's ranks: the places, the bases and the task vectors of its selected positions."""
-    count = deltas.shape[1]
-    floats = ranks.view(np.float32)
-    for s in range(count):
-        ranks[s] = np.uint32(places[s])
-        floats[count + s] = bases[s]
-    for j in range(deltas.shape[0]):
-        kept, delta = floats[(2 + j) * count : (3 + j) * count], deltas[j]
-        for s in range(count):
-            kept[s] = delta[s]
-
-
-@njit(cache=True, nogil=True)
-def _selected_again(
-    inputs: Inputs,
-    start: int,
-    size: int,
-    ranks: Ranks,
-    thresholds: npt.NDArray[np.int64],
-    count: np.int32,
-    ties: np.int64,
-    places: Places,
-    bases: Floats,
-    room: Floats,
-) -> Floats:
-    """As `_select_chunk` gave it to the pass before: what was kept of `count` positions, or selected anew."""
-    if count < 0:
-        remaining = np.empty(1, np.int64)
-        remaining[0] = ties
-        return _select_chunk(inputs, start, size, ranks, thresholds, remaining, places, bases, room)
-    M = inputs.addresses.size - 1
-    kept = ranks[start : start + size].view(np.float32)
-    of_ranks = ranks[start : start + count]
-    deltas = room[: M * count].reshape(M, count)
-    for s in range(count):
-        places[s] = of_ranks[s]
-        bases[s] = kept[count + s]
-    for j in range(M):
-        delta, stored = deltas[j], kept[(2 + j) * count : (3 + j) * count]
-        for s in range(count):
-            delta[s] = stored[s]
-    return deltas
-
-
-@njit(cache=True, nogil=True)
-def _put(inputs: Inputs, start: int, everything: bool, places: Places, merged: Floats, out: Floats) -> None:
+def _put(inputs: Inputs, start: int, places: Places, merged: Floats, out: Floats) -> None:
     """A chunk of the output: `merged` at its places, the base elsewhere."""
-    if everything:
-        out[:] = merged
-        return
     load(inputs, 0, start, out)
     for s in range(merged.size):
         out[places[s]] = merged[s]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _add_unopposed(
+@njit(cache=True, nogil=True)
+def _erase(
     inputs: Inputs,
     ranks: Ranks,
     thresholds: npt.NDArray[np.int64],
-    counts: npt.NDArray[np.int32],
-    ties: npt.NDArray[np.int64],
-    eta: Doubles,
+    remaining: npt.NDArray[np.int64],
+    rule: "_Rule",
     out: Floats,
 ) -> None:
-    """The paper's erase and sum. The sign is that of a float64 sum: two large deltas of opposite sign may nearly cancel."""
     places, bases, results = np.empty(CHUNK, np.int64), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    room = np.empty(eta.size * CHUNK, np.float32)
-    signs, totals = np.empty(CHUNK, np.float64), np.empty(CHUNK, np.float64)
-    for chunk in range(counts.size):
-        start = chunk * CHUNK
+    room = np.empty(rule.eta.size * CHUNK, np.float32)
+    for start in range(0, out.size, CHUNK):
         of_chunk = min(CHUNK, out.size - start)
-        deltas = _selected_again(
-            inputs, start, of_chunk, ranks, thresholds, counts[chunk], ties[chunk], places, bases, room
-        )
-        size = deltas.shape[1]
-        sign, total, base, merged = signs[:size], totals[:size], bases[:size], results[:size]
-        sign[:] = 0.0
-        total[:] = 0.0
-        for j in range(deltas.shape[0]):
-            delta = deltas[j]
-            for i in range(sign.size):
-                sign[i] += delta[i]
-        for i in range(sign.size):
-            sign[i] = (1.0 if sign[i] > 0.0 else 0.0) - (1.0 if sign[i] < 0.0 else 0.0)
-        for j in range(deltas.shape[0]):
-            delta, weight = deltas[j], eta[j]
-            for i in range(sign.size):
-                value = np.float64(delta[i])
-                total[i] += weight * value if value * sign[i] >= 0.0 else 0.0
-        for i in range(merged.size):
-            merged[i] = np.float32(np.float64(base[i]) + total[i])
-        _put(inputs, start, thresholds[0] < 0, places, merged, out[start : start + CHUNK])
+        deltas = _select_chunk(inputs, start, of_chunk, ranks, thresholds, remaining, places, bases, room)
+        merged = results[: deltas.shape[1]]
+        _merge(bases[: merged.size], deltas, rule, merged)
+        if thresholds[0] < 0:
+            out[start : start + CHUNK] = merged
+        else:
+            _put(inputs, start, places, merged, out[start : start + CHUNK])
 
 
 @njit(cache=True, nogil=True)
-def _add_agreeing(
+def _erase_gathered(
     inputs: Inputs,
-    ranks: Ranks,
-    thresholds: npt.NDArray[np.int64],
-    counts: npt.NDArray[np.int32],
-    ties: npt.NDArray[np.int64],
-    voices: Doubles,
-    eta: Doubles,
-    least: float,
+    records: Records,
+    offsets: npt.NDArray[np.int64],
+    counts: npt.NDArray[np.int64],
+    rule: "_Rule",
     out: Floats,
 ) -> None:
-    """The two programs' erase and sum: an election with one voice each, divided by the eta of those that agree."""
-    places, bases, results = np.empty(CHUNK, np.int64), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    room = np.empty(eta.size * CHUNK, np.float32)
+    results = np.empty(CHUNK, np.float32)
     for chunk in range(counts.size):
-        start = chunk * CHUNK
-        of_chunk = min(CHUNK, out.size - start)
-        deltas = _selected_again(
-            inputs, start, of_chunk, ranks, thresholds, counts[chunk], ties[chunk], places, bases, room
-        )
-        merged = results[: deltas.shape[1]]
-        add_elected(bases[: merged.size], deltas, voices, eta, True, SMALLEST, least, 1.0, merged)
-        _put(inputs, start, thresholds[0] < 0, places, merged, out[start : start + CHUNK])
+        start, merged = chunk * CHUNK, results[: counts[chunk]]
+        places, base, deltas = selected_of(records, offsets[chunk], counts[chunk], rule.eta.size)
+        _merge(base, deltas, rule, merged)
+        _put(inputs, start, places, merged, out[start : start + CHUNK])
+
+
+@njit(cache=True, nogil=True)
+def _merge(base: Floats, deltas: Floats, rule: "_Rule", out: Floats) -> None:
+    """Erase and sum at some positions of a chunk. The two programs hold an election with one voice each and divide by the eta of those that agree."""
+    if rule.paper:
+        _add_unopposed(base, deltas, rule.eta, out)
+    else:
+        add_elected(base, deltas, rule.voices, rule.eta, True, SMALLEST, rule.least, 1.0, out)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _add_unopposed(base: Floats, deltas: Floats, eta: Doubles, out: Floats) -> None:
+    """The paper's erase and sum. The sign is that of a float64 sum: two large deltas of opposite sign may nearly cancel."""
+    sign, total = np.zeros(out.size, np.float64), np.zeros(out.size, np.float64)
+    for j in range(deltas.shape[0]):
+        delta = deltas[j]
+        for i in range(sign.size):
+            sign[i] += delta[i]
+    for i in range(sign.size):
+        sign[i] = (1.0 if sign[i] > 0.0 else 0.0) - (1.0 if sign[i] < 0.0 else 0.0)
+    for j in range(deltas.shape[0]):
+        delta, weight = deltas[j], eta[j]
+        for i in range(sign.size):
+            value = np.float64(delta[i])
+            total[i] += weight * value if value * sign[i] >= 0.0 else 0.0
+    for i in range(out.size):
+        out[i] = np.float32(np.float64(base[i]) + total[i])

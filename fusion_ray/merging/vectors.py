@@ -54,6 +54,33 @@ class _Chunk:
         )
         return self.builder.call(function, [doubles])
 
+    def compressed(self, values: Any, flags: Any) -> Any:
+        """The flagged elements first, in order; the others are anything."""
+        kind = values.type
+        name = f"llvm.experimental.vector.compress.v{_WIDTH}{'f32' if kind == _FLOATS else 'i32'}"
+        function = cgutils.get_or_insert_function(
+            self.builder.module, ir.FunctionType(kind, [kind, _FLAGS, kind]), name
+        )
+        return self.builder.call(function, [values, flags, ir.Constant(kind, ir.Undefined)])
+
+    def flagged(self, flags: Any) -> Any:
+        """How many, as int64."""
+        bits = self.builder.bitcast(flags, ir.IntType(_WIDTH))
+        return self.builder.zext(self.builder.ctpop(bits), ir.IntType(64))
+
+    def stored(self, addresses: Any, start: Any, models: int) -> list[Any]:
+        """The addresses of the chunk of bfloat16 that begins at element `start`, of so many models; `addresses` points to those of their first elements."""
+        builder, long = self.builder, ir.IntType(64)
+        offset = builder.mul(start, ir.Constant(long, 2))
+        places = [builder.add(addresses, ir.Constant(long, 8 * model)) for model in range(models)]
+        return [builder.add(builder.load(builder.inttoptr(place, long.as_pointer())), offset) for place in places]
+
+    def repeated(self, value: Any, kind: ir.VectorType) -> Any:
+        """One number in every lane."""
+        undefined = ir.Constant(kind, ir.Undefined)
+        first = self.builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
+        return self.builder.shuffle_vector(first, undefined, every(0))
+
     def total(self, counts: Any) -> Any:
         """The sum of 16 counts, as int64."""
         number = ir.Constant(ir.IntType(32), 0)
@@ -138,18 +165,9 @@ def _variance_of(targets: int) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
             addresses, start, ranks, scale = given
-            long, number, chunk = ir.IntType(64), ir.IntType(32), _Chunk(builder)
-            stored = [
-                builder.add(
-                    builder.load(
-                        builder.inttoptr(builder.add(addresses, ir.Constant(long, 8 * model)), long.as_pointer())
-                    ),
-                    builder.mul(start, ir.Constant(long, 2)),
-                )
-                for model in range(targets + 1)
-            ]
-            wide = builder.insert_element(ir.Constant(_DOUBLES, ir.Undefined), scale, ir.Constant(number, 0))
-            wide = builder.shuffle_vector(wide, ir.Constant(_DOUBLES, ir.Undefined), ir.Constant(_INT, [0] * _WIDTH))
+            long, chunk = ir.IntType(64), _Chunk(builder)
+            stored = chunk.stored(addresses, start, targets + 1)
+            wide = chunk.repeated(scale, _DOUBLES)
             smallest = ir.Constant(_DOUBLES, [SMALLEST_VARIANCE] * _WIDTH)
             with cgutils.for_range(builder, ir.Constant(long, CHUNK // _WIDTH)) as loop:
                 at = builder.mul(loop.index, ir.Constant(long, 2 * _WIDTH))
@@ -177,3 +195,42 @@ def _variance_of(targets: int) -> Any:
 
 
 variance_of_2, variance_of_3, variance_of_4 = _variance_of(2), _variance_of(3), _variance_of(4)
+
+
+NOTED = CHUNK + _WIDTH  # numbers of a row that `note` writes: what is beyond the noted ones is anything
+
+
+def _note_of(targets: int) -> Any:
+    @intrinsic
+    def note(typing_context, addresses, start, ranks, least, rows):  # type: ignore[no-untyped-def]
+        """Of a chunk of bfloat16 as `variance` takes it and its (CHUNK,) `ranks`, the positions whose rank is `least` or more, in order: to the 3 + M `rows`
+        (NOTED,) their ranks, their places (uint32), their base and their deltas (float32). How many."""
+
+        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            addresses, start, ranks, least, rows = given
+            long, chunk = ir.IntType(64), _Chunk(builder)
+            stored = chunk.stored(addresses, start, targets + 1)
+            least = chunk.repeated(builder.trunc(least, ir.IntType(32)), _INT)
+            lanes = ir.Constant(_INT, list(range(_WIDTH)))
+            noted = cgutils.alloca_once_value(builder, ir.Constant(long, 0))
+            with cgutils.for_range(builder, ir.Constant(long, CHUNK // _WIDTH)) as loop:
+                at = builder.mul(loop.index, ir.Constant(long, 2 * _WIDTH))
+                rank = chunk.load(builder.add(ranks, builder.mul(at, ir.Constant(long, 2))), _INT, 4, 0)
+                flags = builder.icmp_unsigned(">=", rank, least)
+                first = builder.trunc(builder.mul(loop.index, ir.Constant(long, _WIDTH)), ir.IntType(32))
+                base, *others = [chunk.floats(chunk.bits(builder.add(each, at), 0)) for each in stored]
+                numbers = [rank, builder.add(chunk.repeated(first, _INT), lanes), base]
+                numbers += [builder.fsub(each, base) for each in others]
+                count = builder.load(noted)
+                into = builder.add(rows, builder.mul(count, ir.Constant(long, 4)))
+                for row, values in enumerate(numbers):
+                    chunk.store(chunk.compressed(values, flags), into, 4, row * NOTED)
+                builder.store(builder.add(count, chunk.flagged(flags)), noted)
+            return builder.load(noted)
+
+        return types.int64(*(types.int64,) * 5), generate
+
+    return note
+
+
+note_of_2, note_of_3, note_of_4 = _note_of(2), _note_of(3), _note_of(4)

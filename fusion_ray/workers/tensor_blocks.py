@@ -5,7 +5,7 @@ where a tensor that fits one window is read once, however often a merge method g
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 
 import numpy as np
 import numpy.typing as npt
@@ -141,12 +141,15 @@ class TensorBlocks:
             return
         starts = range(0, self.size, self._window)
         coming: Future[None] = self.room.readers.submit(self._read, 0, 0)
-        for number, start in enumerate(starts):
-            coming.result()
-            turn = number % _WINDOWS
-            if number + 1 < len(starts):
-                coming = self.room.readers.submit(self._read, (number + 1) % _WINDOWS, starts[number + 1])
-            yield start, self._arrays(turn, min(self._window, self.size - start))
+        try:
+            for number, start in enumerate(starts):
+                coming.result()
+                turn = number % _WINDOWS
+                if number + 1 < len(starts):
+                    coming = self.room.readers.submit(self._read, (number + 1) % _WINDOWS, starts[number + 1])
+                yield start, self._arrays(turn, min(self._window, self.size - start))
+        finally:
+            wait([coming])  # who leaves early may begin anew, in the same memory
 
     def _maps(self) -> bool:
         return self.room.maps and all(model.mapped(name, 0, 0) is not None for model, name in self._inputs)
