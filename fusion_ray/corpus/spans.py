@@ -150,12 +150,14 @@ def _predicting(
     first = int(np.searchsorted(tiling.end, start, side="right"))
     last = int(np.searchsorted(tiling.start, end, side="left"))
     tokens = np.arange(first, last)
-    low = np.maximum(tiling.start[first:last], start)
-    high = np.minimum(tiling.end[first:last], end)
-    tokens, low, high = (column[high > low] for column in (tokens, low, high))
+    low, high = np.maximum(tiling.start[first:last], start), np.minimum(tiling.end[first:last], end)
+    covers = high > low
+    if not covers.all():
+        tokens, low, high = tokens[covers], low[covers], high[covers]
+    proven = tiling.proven[tokens]
     swallowed = sum(max(0, min(b, end) - max(a, start)) for a, b in tiling.swallowed)
-    if not tiling.proven[tokens].all() or int((high - low).sum()) + swallowed != size:
-        at = int(tokens[~tiling.proven[tokens]][0]) if not tiling.proven[tokens].all() else first
+    if not proven.all() or int(high.sum() - low.sum()) + swallowed != size:
+        at = first if proven.all() else int(tokens[~proven][0])
         raise UnlocatedError(
             f"the tokens of assistant message {place.message} do not give back its bytes (first at token {at}): "
             "the tokenizer normalises this text or has no token for it"
@@ -164,14 +166,13 @@ def _predicting(
     ending = int(np.searchsorted(tiling.start, end, side="left"))
     while ending < len(tiling.end) and tiling.end[ending] == tiling.start[ending]:
         ending += 1
-    whole = len(content.encode())
-    if ending < len(tiling.start) and (ending == 0 or tiling.end[:ending].max() <= end):
-        tokens, low, high = (
-            np.append(tokens, ending),
-            np.append(low + before, whole),
-            np.append(high + before, whole),
-        )
-    else:
-        low, high = low + before, high + before
-    predicted = tokens > 0  # nothing predicts the first token of the conversation
-    return tokens[predicted] - 1, low[predicted], high[predicted], np.full(int(predicted.sum()), place.message)
+    has_end = ending < len(tiling.start) and (ending == 0 or bool(tiling.end[:ending].max() <= end))
+    found = np.empty((3, len(tokens) + has_end), np.int64)
+    found[0, : len(tokens)] = tokens
+    np.add(low, before, out=found[1, : len(tokens)])
+    np.add(high, before, out=found[2, : len(tokens)])
+    if has_end:
+        found[:, -1] = ending, *[len(content.encode())] * 2
+    if found.size and found[0, 0] == 0:  # nothing predicts the first token of the conversation
+        found = found[:, 1:]
+    return found[0] - 1, found[1], found[2], np.full(found.shape[1], place.message)

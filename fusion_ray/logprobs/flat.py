@@ -1,7 +1,8 @@
 """An engine's flat prompt logprobs as arrays, with the checks that catch a corrupted answer. Called by workers/engine.py.
 
 vLLM's FlatLogprobs (0.29) holds, for a prompt of T tokens and K asked for, an empty range for position 0 and then K + 1 entries for each position: the actual
-token with its logprob first, then the top K in order. Row j of the result predicts token j + 1. Pure: takes the lists, not the engine's object.
+token with its logprob first, then the top K in order; workers/prompt_arrays.py keeps the same as arrays. Row j of the result predicts token j + 1. Pure:
+takes the entries, not the engine's object.
 """
 
 from collections.abc import Sequence
@@ -31,8 +32,8 @@ class TopK:
 
 
 def from_flat(
-    token_ids: Sequence[int],
-    logprobs: Sequence[float],
+    token_ids: Sequence[int] | np.ndarray,
+    logprobs: Sequence[float] | np.ndarray,
     *,
     positions: int,
     prompt_ids: Sequence[int] | np.ndarray,

@@ -21,6 +21,7 @@ from fusion_ray.logprobs.flat import TopK, from_flat
 from fusion_ray.records import Message
 from fusion_ray.workers.engine_sizes import engine_sizes, gpu_share
 from fusion_ray.workers.model_files import check_top_k, load_tokenizer, read_shape
+from fusion_ray.workers.prompt_arrays import keep_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ class Engine:
             arguments["gpu_memory_utilization"] = share
         else:
             arguments["kv_cache_memory_bytes"] = sizes.cache_bytes
+        keep_arrays()
         self._llm = LLM(**(arguments | dict(engine or {})))
         logger.info("%s: engine ready in %.1f s", self.name, time.monotonic() - started)
 

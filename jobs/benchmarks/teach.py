@@ -32,6 +32,7 @@ from fusion_ray.corpus.shards import shard_name
 from fusion_ray.stages import teach as stage
 from fusion_ray.stages.cluster import connected
 from fusion_ray.store import Artifact, Store
+from speed.cores import one_core_each
 from speed.line import Metric, line, metric, progress
 from teaching_speed import null
 
@@ -41,7 +42,7 @@ ZOO = ROOT / "fusion_ray/zoo"
 PARTS = ("engine", "scaling", "null", "codec")
 TOP_K, MAX_LENGTH = 10, 512
 BARE, HF, SCALING = 0.9, 1.1, 1.7
-MODELS = {"zoo": (512, 64), "100m": (24, 8)}  # rows, rows a shard
+MODELS = {"zoo": (1536, 256), "100m": (24, 8)}  # rows, rows a shard
 
 
 def main() -> None:
@@ -160,7 +161,7 @@ def scaling(work: Path) -> dict[str, Metric]:
         out = Store(str(work)).artifact("teach", 1, {"workers": workers}, {})
         shutil.rmtree(out.url, ignore_errors=True)
         times: list[float] = []
-        with connected(ResourcesConfig(num_cpus=4, object_store_gb=0.2)):
+        with connected(ResourcesConfig(num_cpus=4, object_store_gb=0.2)), one_core_each("ray::MapWorker"):
             taught(out, corpus, workers, times)
         first, last = 2 * workers, len(times) - workers  # all actors are at work from here to there
         tokens = float(str(out.manifest().info["tokens"])) * (last - first) / len(times)

@@ -22,7 +22,7 @@ def main(task: dict) -> None:
             pivot=ModelConfig(name="pivot", path=task["pivot"]),
             config=DistillConfig.model_validate(task["config"]),
             seed=7,
-            resources=WorkerResources(max_workers=2),
+            resources=WorkerResources(max_workers=task.get("workers", 2)),
             report=lambda figures: None,
         )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from fusion_ray.logprobs.codec import encode
 from fusion_ray.records import Conversation, Message
 from fusion_ray.workers.chat import ChatModel
+from fusion_ray.workers.prompt_arrays import keep_arrays, put_back
 from fusion_ray.workers.teacher import Teacher
 from tests.tiny import SENTENCES
 
@@ -45,12 +46,16 @@ def main(folder: Path) -> None:
         teacher.teach(rows[3:9])
         told: list[list[str]] = []
         again = teacher.teach(rows)
+        put_back()
+        from_lists = teacher.teach(rows)
+        arrays = keep_arrays()
         alone = teacher.teach(rows, alone={"row-3"}, quarantined={"row-4"}, starting=told.append)
         chat = ChatModel(path, max_length=200, dtype="float32", name=name)
         results[name] = {
             "counts": asdict(first.counts),
             "missing": [asdict(row) for row in first.rejected],
             "same_again": encode(again.table) == encode(first.table),
+            "same_from_lists": arrays and encode(from_lists.table) == encode(first.table),
             "alone": {"told": told, "counts": asdict(alone.counts), "missing": [row.reason for row in alone.rejected]},
             "answers": chat.answer(QUESTIONS, max_tokens=8),
             "bits": chat.bits_per_byte(rows[:20]),

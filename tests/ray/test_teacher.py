@@ -82,6 +82,11 @@ def test_a_shard_is_the_same_whatever_was_taught_before(taught: tuple[Path, dict
 
 
 @pytest.mark.parametrize("name", SOUND)
+def test_arrays_from_the_engine_are_what_its_own_lists_say(taught: tuple[Path, dict[str, Any]], name: str) -> None:
+    assert taught[1][name]["same_from_lists"]
+
+
+@pytest.mark.parametrize("name", SOUND)
 def test_long_rows_are_cut_and_counted(taught: tuple[Path, dict[str, Any]], name: str) -> None:
     """A row ends with its last assistant turn that fits, end of turn included; one whose first does not fit says so."""
     folder, results = taught

@@ -2,8 +2,9 @@
 
     cd jobs/benchmarks; ../../.venv/bin/python -m merging_speed.stage --pivot FOLDER --targets FOLDER... --work FOLDER --settings sce ties
 
-The targets become artefacts by links to their files. Workers are started and warmed before anything is timed, and each has one core. Shards of a tenth of
-a model: two workers end at nearly the same time.
+The targets become artefacts by links to their files. Workers are started and warmed before anything is timed. Shards of a tenth of a model: two workers end
+at nearly the same time. Each setting runs twice: with every worker held to one core (speed/cores.py), and free, where one worker's threads that read ahead,
+hash and write have the second core too. The line: {"one core each": {setting: [seconds of one worker, of two]}, "free": ...}, a list of repeats each.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from fusion_ray.stages.cluster import connected
 from fusion_ray.stages.merge import merge
 from fusion_ray.store import Artifact, Unit, file_sha256
 from merging_speed.settings import SETTINGS, Setting
+from speed.cores import free, one_core_each
 from speed.line import progress, timed
 
 WORKERS = (1, 2)
@@ -41,7 +43,12 @@ def main() -> None:
     try:
         targets = {path.name: linked(path, given.work / path.name) for path in given.targets}
         with connected(ResourcesConfig(num_cpus=4, object_store_gb=0.2)):
-            print(json.dumps(stage_seconds(given.pivot, targets, given.out, given.settings, given.repeats)))
+            found = {}
+            for kind, cores in (("one core each", one_core_each("ray::merge:")), ("free", free("ray::merge:"))):
+                progress(kind)
+                with cores:
+                    found[kind] = stage_seconds(given.pivot, targets, given.out, given.settings, given.repeats)
+            print(json.dumps(found))
     finally:
         shutil.rmtree(given.work, ignore_errors=True)
         shutil.rmtree(given.out, ignore_errors=True)

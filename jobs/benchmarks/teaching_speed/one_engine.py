@@ -3,8 +3,9 @@
 
     cd jobs/benchmarks; ../../.venv/bin/python -m teaching_speed.one_engine TASK      # TASK as JSON
 
-The three take turns on the same rows with the same threads. The bare engine gets prompts that are tokenised already, in the batches that the teacher makes.
-The loop is the published way in its best form: rows padded in batches of eight, forward, log-softmax, top-k, to numpy.
+The three take turns on the same rows with the same threads. The bare engine, with none of vLLM's code replaced (workers/prompt_arrays.py), gets prompts that
+are tokenised already, in the batches that the teacher makes. The loop is the published way in its best form: rows that are tokenised already, padded in
+batches of eight, forward, log-softmax, top-k, to numpy; it finds no bytes, checks nothing and stores nothing.
 """
 
 import json
@@ -20,6 +21,7 @@ from vllm import TokensPrompt
 from fusion_ray.corpus.shards import REJECTED, decode_conversations
 from fusion_ray.store import Artifact, Store
 from fusion_ray.workers.engine import Engine
+from fusion_ray.workers.prompt_arrays import keep_arrays, put_back
 from fusion_ray.workers.teach_shard import teach_shard
 from fusion_ray.workers.teacher import Teacher
 
@@ -60,11 +62,13 @@ def main() -> None:
 
 def bare(engine: Engine, shards: list[list[list[int]]]) -> None:
     """vLLM alone, in the teacher's own batches."""
+    put_back()
     for prompts in shards:
         order = sorted(prompts, key=len)
         for first in range(0, len(order), engine._prompts_a_call):
             requests = [TokensPrompt(prompt_token_ids=ids) for ids in order[first : first + engine._prompts_a_call]]
             engine._llm.generate(requests, engine._greedy_logprobs, use_tqdm=False)
+    keep_arrays()
 
 
 @torch.no_grad()
