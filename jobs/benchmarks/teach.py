@@ -42,6 +42,7 @@ ZOO = ROOT / "fusion_ray/zoo"
 PARTS = ("engine", "scaling", "null", "codec")
 TOP_K, MAX_LENGTH = 10, 512
 BARE, HF, SCALING = 0.9, 1.1, 1.7
+SCALED = (12_000, 256)  # rows, rows a shard: its default
 MODELS = {"zoo": (1536, 256), "100m": (24, 8)}  # rows, rows a shard
 
 
@@ -71,11 +72,15 @@ def main() -> None:
 
 
 def corpus_of(work: Path, rows: int, rows_per_shard: int) -> Artifact:
-    """The zoo's conversations."""
+    """The zoo's conversations, from the first again, under new ids, where they are fewer."""
+    text = work / f"rows-{rows}.jsonl"
+    lines = (ZOO / "data/corpus.jsonl").read_text().splitlines()
+    rounds = [json.loads(lines[number % len(lines)]) | {"id": f"row-{number}"} for number in range(rows)]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rounds))
     corpus = Store(str(work)).artifact("corpus", 1, {"rows": rows, "rows_per_shard": rows_per_shard}, {})
     ingest(
         corpus,
-        paths=[str(ZOO / "data/corpus.jsonl")],
+        paths=[str(text)],
         format="auto",
         rows_per_shard=rows_per_shard,
         max_rows=rows,
@@ -155,15 +160,16 @@ def engine(work: Path, repeats: int) -> dict[str, Metric]:
 
 
 def scaling(work: Path) -> dict[str, Metric]:
-    corpus = corpus_of(work, 2000, 25)
+    corpus = corpus_of(work, *SCALED)
     speeds = {}
     for workers in (1, 2):
         out = Store(str(work)).artifact("teach", 1, {"workers": workers}, {})
         shutil.rmtree(out.url, ignore_errors=True)
         times: list[float] = []
+        actors: list[int] = []
         with connected(ResourcesConfig(num_cpus=4, object_store_gb=0.2)), one_core_each("ray::MapWorker"):
-            taught(out, corpus, workers, times)
-        first, last = 2 * workers, len(times) - workers  # all actors are at work from here to there
+            taught(out, corpus, workers, times, actors)
+        first, last = actors.index(workers) + 1, len(times) - workers  # all actors are at work from here to there
         tokens = float(str(out.manifest().info["tokens"])) * (last - first) / len(times)
         speeds[workers] = tokens / (times[last - 1] - times[first - 1])
         progress(f"{workers} actor(s): {speeds[workers]:.0f} tokens/s")
@@ -173,7 +179,11 @@ def scaling(work: Path) -> dict[str, Metric]:
     }
 
 
-def taught(out: Artifact, corpus: Artifact, workers: int, times: list[float]) -> None:
+def taught(out: Artifact, corpus: Artifact, workers: int, times: list[float], actors: list[int]) -> None:
+    def report(figures: Mapping[str, object]) -> None:
+        times.append(time.monotonic())
+        actors.append(int(str(figures["actors"])))
+
     stage.teach(
         out,
         corpus,
@@ -183,7 +193,7 @@ def taught(out: Artifact, corpus: Artifact, workers: int, times: list[float]) ->
         max_rejected=0.01,
         seed=0,
         resources=WorkerResources(min_workers=workers, max_workers=workers),
-        report=lambda figures: times.append(time.monotonic()),
+        report=report,
     )
 
 
@@ -200,7 +210,7 @@ def null_shards(work: Path, counts: Sequence[int]) -> dict[str, Metric]:
         corpus.seal([corpus.commit_bytes(shard_name(number), b"", rows=1) for number in range(count)])
         times: list[float] = []
         with connected(ResourcesConfig(num_cpus=4, object_store_gb=0.2)):
-            taught(out, corpus, 2, times)
+            taught(out, corpus, 2, times, [])
         seconds[str(count)] = (times[-1] - times[0]) / (count - 1) * 1000
         memory[str(count)] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         progress(f"{count} shards: {seconds[str(count)]:.2f} s a thousand, driver {memory[str(count)]:.0f} MiB")

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 
 import psutil
 
-SECONDS = 0.05
+SECONDS = 0.5  # looking costs a few milliseconds of a core
 
 
 def one_core_each(title: str) -> AbstractContextManager[None]:
