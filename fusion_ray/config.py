@@ -402,6 +402,16 @@ class WorkerResources(Section):
         return self
 
 
+class TeachResources(WorkerResources):
+    """The pool of teachers."""
+
+    nodes: int = Field(
+        1,
+        ge=1,
+        description="for a model larger than a machine: nodes of one teacher, with `gpus` and `cpus` in each; the layers are split over the nodes",
+    )
+
+
 class ResourcesConfig(Section):
     """Where and how wide a run goes; alone differs between a laptop and a cluster and never enters a key."""
 
@@ -409,7 +419,7 @@ class ResourcesConfig(Section):
     num_cpus: int | None = Field(None, ge=1, description="logical CPUs of the local cluster; default: the machine's")
     object_store_gb: float = Field(1.0, gt=0.07)
     branches: int = Field(2, ge=1, description="stages of different branches that may run side by side")
-    teach: WorkerResources = Field(default_factory=WorkerResources)
+    teach: TeachResources = Field(default_factory=TeachResources)
     align: WorkerResources = Field(default_factory=WorkerResources)
     distill: WorkerResources = Field(default_factory=WorkerResources)
     merge: WorkerResources = Field(default_factory=WorkerResources)

@@ -174,7 +174,7 @@ def _teacher(config: FusionConfig, model: ModelConfig, sizes: dict[str, ModelSiz
 def _teach_problems(config: FusionConfig, sizes: dict[str, ModelSize | None]) -> Iterator[str]:
     resources = config.resources.teach
     try:
-        parallel(resources.gpus, merged(config.teach.engine, resources.engine))
+        parallel(resources.gpus, merged(config.teach.engine, resources.engine), nodes=resources.nodes)
     except ValueError as error:
         if any(model.endpoint is None for model in config.models.values()):
             yield str(error)

@@ -367,5 +367,5 @@ def _storage_errors(what: str) -> Iterator[None]:
     except OSError as error:
         raise StoreError(
             f"cannot write {what}: {error.strerror or error}. What was committed before is kept: free space or fix permissions "
-            "(or choose another run.storage) and run again"
+            "(or write elsewhere: a run writes to run.storage) and run again"
         ) from error

@@ -69,7 +69,8 @@ def check_room(resources: ResourcesConfig) -> list[str]:
     for name in ("teach", "align", "distill", "merge", "serve", "evaluate"):
         pool = getattr(resources, name)
         workers = pool.max_workers if name == "distill" else pool.min_workers
-        for kind, need in (("CPU", pool.cpus * workers), ("GPU", pool.gpus * workers)):
+        nodes = workers * getattr(pool, "nodes", 1)
+        for kind, need in (("CPU", pool.cpus * nodes), ("GPU", pool.gpus * nodes)):
             if need > have.get(kind, 0):
                 problems.append(f"resources.{name} needs {need:g} {kind}, the cluster has {have.get(kind, 0):g}")
     return problems

@@ -4,10 +4,11 @@ What a shard goes through is in workers/teach_shard.py and knows no Ray. Ray Dat
 own retries, a killed driver and a second run are all harmless. Ray restarts dead actors without end; the markers of workers/attempts.py bound that.
 """
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 
@@ -15,12 +16,14 @@ import numpy as np
 import ray
 import ray.data
 
-from fusion_ray.config import EndpointConfig, EngineArgs, ModelConfig, TeachConfig, WorkerResources
+from fusion_ray.config import EndpointConfig, EngineArgs, ModelConfig, TeachConfig, TeachResources
 from fusion_ray.corpus.readers import Rejected
 from fusion_ray.corpus.shards import REJECTED, encode_rejected
 from fusion_ray.logprobs.served import ENDPOINT
 from fusion_ray.records import Report
 from fusion_ray.stages.gauges import Gauges
+from fusion_ray.stages.notice import Notice
+from fusion_ray.stages.teach_groups import taught_by_groups
 from fusion_ray.stages.vllm_environment import vllm_environment, vllm_version
 from fusion_ray.store import Artifact, Manifest, Unit
 from fusion_ray.workers.api_key import read_key
@@ -48,7 +51,7 @@ def teach(
     config: TeachConfig,
     max_rejected: float,
     seed: int,
-    resources: WorkerResources,
+    resources: TeachResources,
     report: Report,
 ) -> Manifest:
     """Teacher rows of every shard of `corpus` under `model`, rendered by its own chat template or by that of `template`, and seal.
@@ -97,7 +100,7 @@ class TeachShards:
         from fusion_ray.workers.teacher import Teacher
 
         self._out, self._corpus = out, corpus
-        self._gauges = Gauges("teach_actor", key=out.key)
+        self._gauges, self._notice = Gauges("teach_actor", key=out.key), Notice()
         self._unfit: ValueError | OSError | None = None
         try:
             self._teacher = Teacher(
@@ -122,6 +125,10 @@ class TeachShards:
         from fusion_ray.workers.teach_shard import EngineBrokenError, teach_shard
 
         name, started = str(batch["shard"][0]), time.monotonic()
+        if self._notice.given():
+            # No shard is begun that the machine may take with it; the actor comes up again elsewhere, or where the cluster grows for it.
+            logger.warning("this machine is about to be taken: %s is left to another actor", name)
+            os._exit(1)
         failed: Exception | None = self._unfit
         if failed is None:
             try:
@@ -147,7 +154,7 @@ def _pool(
     template: ModelConfig | None,
     config: TeachConfig,
     seed: int,
-    resources: WorkerResources,
+    resources: TeachResources,
 ) -> Iterator[tuple[str, str]]:
     """Names of shards as they are committed, each with the id of the actor that did it. Raises ValueError for settings that do not go together."""
     if not todo:
@@ -155,10 +162,41 @@ def _pool(
     engine, key, gpus = config.engine, None, resources.gpus
     if model.endpoint is None:
         given = merged(config.engine, resources.engine)
-        engine = given | parallel(gpus, given)
+        engine = given | parallel(gpus, given, nodes=resources.nodes)
     else:
         # By reference: what is an argument of an actor's may stand in Ray's logs and on its dashboard. An actor's node need not have the variable.
         key, gpus = _key(model.name, model.endpoint), 0
+    settings = {
+        "out": out,
+        "corpus": corpus,
+        "model": model,
+        "template": template,
+        "config": config,
+        "seed": seed,
+        "engine": engine,
+        "key": key,
+    }
+    environment = vllm_environment(resources)
+    if resources.nodes > 1 and model.endpoint is None:
+        rows = taught_by_groups(
+            TeachShards, settings, todo, resources=resources, environment=environment, patience=NO_PROGRESS_SECONDS
+        )
+    else:
+        rows = _taught_by_pool(settings, todo, gpus, resources, environment)
+    with contextlib.closing(rows):
+        for row in rows:
+            if row["kind"]:
+                raise FAILURES[str(row["kind"])](str(row["error"]))
+            yield str(row["shard"]), str(row["actor"])
+
+
+def _taught_by_pool(
+    settings: Mapping[str, object],
+    todo: Sequence[str],
+    gpus: float,
+    resources: TeachResources,
+    environment: Mapping[str, str],
+) -> Generator[dict[str, object]]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
@@ -173,25 +211,13 @@ def _pool(
         TeachShards,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=min(resources.min_workers, most), max_size=most),
-        fn_constructor_kwargs={
-            "out": out,
-            "corpus": corpus,
-            "model": model,
-            "template": template,
-            "config": config,
-            "seed": seed,
-            "engine": engine,
-            "key": key,
-        },
+        fn_constructor_kwargs=dict(settings),
         num_cpus=resources.cpus,
         num_gpus=gpus or None,
         memory=None if resources.memory_gb is None else resources.memory_gb * 2**30,
-        runtime_env={"env_vars": vllm_environment(resources)},
+        runtime_env={"env_vars": dict(environment)},
     )
-    for row in dataset.iter_rows():
-        if row["kind"]:
-            raise FAILURES[str(row["kind"])](str(row["error"]))
-        yield str(row["shard"]), str(row["actor"])
+    yield from dataset.iter_rows()
 
 
 def _key(name: str, endpoint: EndpointConfig) -> "ray.ObjectRef | None":

@@ -104,11 +104,13 @@ def merged(result: Mapping[str, object], speed: Mapping[str, object]) -> EngineA
     return {**result, **speed}  # type: ignore[dict-item]
 
 
-def parallel(gpus: float, given: Mapping[str, object], *, key: str = "resources.teach") -> EngineArgs:
-    """The engine arguments that spread one engine over the `gpus` of its actor; what `given` sets stands.
+def parallel(gpus: float, given: Mapping[str, object], *, nodes: int = 1, key: str = "resources.teach") -> EngineArgs:
+    """The engine arguments that spread one engine over the `gpus` of its actor, in each of so many nodes; what `given` sets stands.
 
     Raises ValueError where the arguments want another number of GPUs than the actor has: the engine would start on cards that are another's, or wait.
     """
+    if nodes > 1:
+        return _over_nodes(gpus, given, nodes, key)
     tensor, pipeline = (_whole(given.get(f"{name}_parallel_size")) for name in ("tensor", "pipeline"))
     wanted = (tensor or 1) * (pipeline or 1)
     if gpus <= 1:
@@ -126,12 +128,30 @@ def parallel(gpus: float, given: Mapping[str, object], *, key: str = "resources.
     if (tensor or 1) * (pipeline or 1) != count:
         raise ValueError(
             f"{key}.gpus is {count} and the engine arguments want {wanted} GPUs (tensor_parallel_size x pipeline_parallel_size): "
-            f"leave tensor_parallel_size out, or set {key}.gpus to {wanted}. An engine's GPUs are in one node; for more, serve the model elsewhere and set "
-            "its `endpoint`"
+            f"leave tensor_parallel_size out, or set {key}.gpus to {wanted}. These GPUs are in one node; for more, set resources.teach.nodes"
         )
     # mp: the executor's own processes in this node. Inside an actor vLLM would else take Ray's, which wants a placement group.
     engine: EngineArgs = {"tensor_parallel_size": tensor}
     return engine if "distributed_executor_backend" in given else engine | {"distributed_executor_backend": "mp"}
+
+
+def _over_nodes(gpus: float, given: Mapping[str, object], nodes: int, key: str) -> EngineArgs:
+    """Tensor parallel in a node, whose cards are near each other, and the layers over the nodes."""
+    if gpus < 1 or gpus != int(gpus):
+        raise ValueError(
+            f"{key}.gpus is {gpus:g} and {key}.nodes {nodes}: give the whole number of GPUs that an engine has in each node"
+        )
+    tensor, pipeline = (_whole(given.get(f"{name}_parallel_size")) for name in ("tensor", "pipeline"))
+    count = int(gpus) * nodes
+    tensor = tensor or (int(gpus) if pipeline is None else count // pipeline)
+    pipeline = pipeline or count // tensor
+    if tensor * pipeline != count:
+        raise ValueError(
+            f"{key}.gpus in {key}.nodes are {count} GPUs and the engine arguments want {tensor * pipeline} (tensor_parallel_size {tensor} x "
+            f"pipeline_parallel_size {pipeline}): leave one of them out"
+        )
+    engine: EngineArgs = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
+    return engine | {"distributed_executor_backend": "ray"}
 
 
 def _whole(value: object) -> int | None:

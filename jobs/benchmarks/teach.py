@@ -26,7 +26,7 @@ from pathlib import Path
 
 from ray import cloudpickle
 
-from fusion_ray.config import ModelConfig, ResourcesConfig, TeachConfig, WorkerResources
+from fusion_ray.config import ModelConfig, ResourcesConfig, TeachConfig, TeachResources
 from fusion_ray.corpus.ingest import ingest
 from fusion_ray.corpus.shards import shard_name
 from fusion_ray.stages import teach as stage
@@ -192,7 +192,7 @@ def taught(out: Artifact, corpus: Artifact, workers: int, times: list[float], ac
         config=TeachConfig(top_k=TOP_K, max_length=MAX_LENGTH),
         max_rejected=0.01,
         seed=0,
-        resources=WorkerResources(min_workers=workers, max_workers=workers),
+        resources=TeachResources(min_workers=workers, max_workers=workers),
         report=report,
     )
 

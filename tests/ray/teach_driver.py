@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from fusion_ray.config import ModelConfig, ResourcesConfig, TeachConfig, WorkerResources
+from fusion_ray.config import ModelConfig, ResourcesConfig, TeachConfig, TeachResources
 from fusion_ray.stages.cluster import connected
 from fusion_ray.stages.teach import teach
 from fusion_ray.store import Artifact
@@ -23,7 +23,7 @@ def main(task: dict) -> None:
             config=TeachConfig(top_k=5, max_length=256),
             max_rejected=0.0,
             seed=0,
-            resources=WorkerResources(min_workers=1, max_workers=2),
+            resources=TeachResources(min_workers=1, max_workers=2),
             report=lambda figures: None,
         )
 

@@ -16,6 +16,7 @@ from fusion_ray.stages.distill import distill
 from fusion_ray.store import Artifact
 from tests import tiny
 from tests.ray import training
+from tests.ray.nodes import announce
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]  # three starts of a worker group: a minute and a half
 STORE = 100 << 20  # bytes of a node's object store
@@ -76,16 +77,6 @@ def saved(out: Artifact) -> list[int]:
     """The steps of the checkpoints that are whole."""
     names = out.names("_work/checkpoints")
     return sorted({int(name.split("/")[-2].split("-")[1]) for name in names if name.endswith("complete.json")})
-
-
-def announce(node: Any, seconds: float) -> None:
-    """Ray is told, as an autoscaler tells it, that the node will be taken in so many seconds."""
-    from ray.core.generated import autoscaler_pb2
-
-    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    gcs = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
-    accepted, message = gcs.drain_node(node.node_id, reason, "taken", int((time.time() + seconds) * 1000))
-    assert accepted, message
 
 
 def test_an_announced_and_a_silent_loss_of_a_node(tmp_path: Path, cluster: Cluster) -> None:

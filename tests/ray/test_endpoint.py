@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import ray
 
-from fusion_ray.config import EndpointConfig, ModelConfig, TeachConfig, WorkerResources
+from fusion_ray.config import EndpointConfig, ModelConfig, TeachConfig, TeachResources
 from fusion_ray.corpus.ingest import ingest
 from fusion_ray.corpus.shards import REJECTED
 from fusion_ray.logprobs.codec import TeacherRow, decode, encode, from_table
@@ -146,7 +146,7 @@ def stage(out: Artifact, corpus: Artifact, model: ModelConfig, report: list[dict
         config=TeachConfig(top_k=6, max_length=150),
         max_rejected=0.0,
         seed=0,
-        resources=WorkerResources(max_workers=2),
+        resources=TeachResources(max_workers=2),
         report=lambda figures: report.append(dict(figures)),
     )
 

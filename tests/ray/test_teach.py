@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray
 
-from fusion_ray.config import ModelConfig, TeachConfig, WorkerResources
+from fusion_ray.config import ModelConfig, TeachConfig, TeachResources
 from fusion_ray.corpus.ingest import ingest
 from fusion_ray.corpus.shards import REJECTED, decode_conversations, decode_rejected
 from fusion_ray.logprobs.codec import decode, from_table
@@ -55,7 +55,7 @@ def run(out: Artifact, corpus: Artifact, model: ModelConfig, **changes: object) 
         "config": CONFIG,
         "max_rejected": 0.01,
         "seed": 0,
-        "resources": WorkerResources(),
+        "resources": TeachResources(),
         "report": lambda figures: None,
     }
     return teach(out, corpus, model=model, **(settings | changes))  # type: ignore[arg-type]
@@ -186,7 +186,7 @@ def test_a_row_that_kills_engines_is_quarantined(cluster: None, models: dict[str
             time.sleep(0.001)
 
     # One token-bounded step after the other, so that the long row is in the engine for a good while.
-    slow = WorkerResources(engine={"max_num_batched_tokens": 32, "max_num_seqs": 1})
+    slow = TeachResources(engine={"max_num_batched_tokens": 32, "max_num_seqs": 1})
     killer = threading.Thread(target=kill_what_reads_it)
     killer.start()
     try:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 SECONDS = 0.5  # looking costs a few milliseconds of a core
 

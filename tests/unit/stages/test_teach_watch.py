@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fusion_ray.config import ModelConfig, TeachConfig, WorkerResources
+from fusion_ray.config import ModelConfig, TeachConfig, TeachResources
 from fusion_ray.progress import describe
 from fusion_ray.stages.teach import COUNTS, Watch, teach
 from fusion_ray.stages.vllm_environment import vllm_environment, vllm_version
@@ -62,7 +62,7 @@ def test_the_figures_are_ray_metrics(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         config=TeachConfig(),
         max_rejected=0.0,
         seed=0,
-        resources=WorkerResources(),
+        resources=TeachResources(),
         report=lambda figures: None,
     )
     names = ("done", "queued", "rows", "quarantined", "errors", "rows_per_second", "tokens_per_second", "eta_seconds")
@@ -81,16 +81,16 @@ def test_the_last_shard_has_no_eta() -> None:
 
 def test_engines_on_a_cpu_share_its_cores_and_live_in_their_actors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    found = vllm_environment(WorkerResources(cpus=2.5))
+    found = vllm_environment(TeachResources(cpus=2.5))
     assert (found["OMP_NUM_THREADS"], found["VLLM_CPU_OMP_THREADS_BIND"], found["HF_HUB_OFFLINE"]) == (
         "2",
         "nobind",
         "1",
     )
     assert found["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
-    gpu = vllm_environment(WorkerResources(gpus=1), in_process=False)
+    gpu = vllm_environment(TeachResources(gpus=1), in_process=False)
     assert not {"OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_ENABLE_V1_MULTIPROCESSING"} & set(gpu)
-    assert vllm_environment(WorkerResources(gpus=1))["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert vllm_environment(TeachResources(gpus=1))["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
 
 
 def test_the_version_is_told_without_importing_vllm() -> None:

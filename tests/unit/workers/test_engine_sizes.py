@@ -69,6 +69,18 @@ def test_more_gpus_are_tensor_parallel_in_one_node() -> None:
     assert parallel(0, {"tensor_parallel_size": 2}) == {}  # on CPU: as many processes, no cards
 
 
+def test_several_nodes_have_the_layers() -> None:
+    both = {"tensor_parallel_size": 8, "pipeline_parallel_size": 2, "distributed_executor_backend": "ray"}
+    assert parallel(8, {}, nodes=2) == both
+    assert parallel(8, {"tensor_parallel_size": 4}, nodes=2)["pipeline_parallel_size"] == 4
+    assert parallel(8, {"pipeline_parallel_size": 1}, nodes=2)["tensor_parallel_size"] == 16
+    with pytest.raises(ValueError, match=r"are 16 GPUs and the engine arguments want 15 \(tensor_parallel_size 5 x"):
+        parallel(8, {"tensor_parallel_size": 5}, nodes=2)
+    for gpus in (0, 0.5, 1.5):
+        with pytest.raises(ValueError, match="give the whole number of GPUs that an engine has in each node"):
+            parallel(gpus, {}, nodes=2)
+
+
 @pytest.mark.parametrize(
     ("gpus", "given", "says"),
     [

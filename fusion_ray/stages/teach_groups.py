@@ -1,0 +1,128 @@
+"""Teachers larger than a node: actors whose engines have GPUs in several nodes, each in a placement group that is made and removed here. Called by teach.py.
+
+Ray Data's pools know no placement groups, so shards are handed out here: one at a time to each group, to whichever is free. vLLM's Ray executor finds the group
+that its actor is in and starts its workers there. A group is removed when its work is done, with its actor when that died (another takes its place), and by
+Ray itself when the driver is gone.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.util import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from fusion_ray.config import TeachResources
+from fusion_ray.workers.attempts import TeachError
+
+logger = logging.getLogger(__name__)
+
+MAX_DEATHS = 3  # of groups, one after the other, with no shard done in between
+LOOK_SECONDS = 10.0
+
+
+@dataclass
+class _Group:
+    place: PlacementGroup
+    actor: Any = None
+    shard: str | None = None
+
+    def remove(self) -> None:
+        if self.actor is not None:
+            ray.kill(self.actor)
+        remove_placement_group(self.place)
+
+
+def taught_by_groups(
+    actor: type,
+    settings: Mapping[str, object],
+    shards: Sequence[str],
+    *,
+    resources: TeachResources,
+    environment: Mapping[str, str],
+    patience: float,
+) -> Generator[dict[str, object]]:
+    """The rows that `actor`, made with `settings`, gives for each shard, as Ray Data would give them; in the order in which they are done.
+
+    Up to max_workers groups of `resources.nodes` nodes, as the cluster has room for them. Raises TeachError where no shard is done in `patience` seconds
+    or groups die again and again; an actor's own error is raised as it is.
+    """
+    waiting = deque(shards)
+    standing: list[_Group] = []
+    coming: dict[ray.ObjectRef, _Group] = {}  # by what each group is waited for: its place, or its shard
+
+    def begin() -> None:
+        group = _Group(placement_group(_bundles(resources), strategy="PACK"))
+        standing.append(group)
+        coming[group.place.ready()] = group
+
+    def end(group: _Group) -> None:
+        standing.remove(group)
+        group.remove()
+
+    deaths, since = 0, time.monotonic()
+    try:
+        for _ in range(min(resources.max_workers, len(shards))):
+            begin()
+        while waiting or any(group.shard for group in standing):
+            ready, _ = ray.wait(list(coming), num_returns=1, timeout=LOOK_SECONDS)
+            if not ready and time.monotonic() - since > patience:
+                raise TeachError(
+                    f"no shard was taught in {patience:.0f} s: the cluster has no {resources.nodes} nodes with {resources.gpus:g} GPUs and "
+                    f"{resources.cpus:g} CPUs each (resources.teach), or an engine hangs"
+                )
+            for reference in ready:
+                group = coming.pop(reference)
+                if group.actor is None:
+                    group.actor = _start(actor, settings, group.place, resources, environment)
+                else:
+                    try:
+                        row = ray.get(reference)
+                    except (ActorDiedError, ActorUnavailableError) as error:
+                        deaths += 1
+                        logger.warning("teach: a group of %d nodes died on %s: %s", resources.nodes, group.shard, error)
+                        waiting.appendleft(str(group.shard))
+                        end(group)
+                        if deaths > MAX_DEATHS:
+                            raise TeachError(
+                                f"{deaths} groups of nodes died one after the other; the last: {error}"
+                            ) from error
+                        begin()
+                        continue
+                    deaths, since = 0, time.monotonic()
+                    yield {name: column[0] for name, column in row.items()}
+                group.shard = waiting.popleft() if waiting else None
+                if group.shard is None:
+                    end(group)
+                else:
+                    coming[group.actor.__call__.remote({"shard": np.array([group.shard])})] = group
+    finally:
+        for group in standing:
+            group.remove()
+
+
+def _bundles(resources: TeachResources) -> list[dict[str, float]]:
+    """A bundle for each GPU, as vLLM's executor wants them."""
+    gpus = int(resources.gpus)
+    return [{"GPU": 1, "CPU": resources.cpus / gpus} for _ in range(gpus * resources.nodes)]
+
+
+def _start(
+    actor: type,
+    settings: Mapping[str, object],
+    place: PlacementGroup,
+    resources: TeachResources,
+    environment: Mapping[str, str],
+) -> Any:
+    strategy = PlacementGroupSchedulingStrategy(
+        place, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
+    )
+    options = {"num_cpus": resources.cpus / int(resources.gpus), "num_gpus": 0, "scheduling_strategy": strategy}
+    return ray.remote(actor).options(**options, runtime_env={"env_vars": dict(environment)}).remote(**settings)
