@@ -1,7 +1,8 @@
 """The teach stage: Ray Data hands the shards of the corpus to a pool of vLLM actors, and each actor commits its shards itself.
 
 What a shard goes through is in workers/teach_shard.py and knows no Ray. Ray Data only schedules: a shard counts once its unit is committed, so that Ray's
-own retries, a killed driver and a second run are all harmless. Ray restarts dead actors without end; the markers of workers/attempts.py bound that.
+own retries, a killed driver and a second run are all harmless; a node that is about to be taken gets no further shard. Ray restarts dead actors without end;
+the markers of workers/attempts.py bound that.
 """
 
 import contextlib
@@ -22,7 +23,6 @@ from fusion_ray.corpus.shards import REJECTED, encode_rejected
 from fusion_ray.logprobs.served import ENDPOINT
 from fusion_ray.records import Report
 from fusion_ray.stages.gauges import Gauges
-from fusion_ray.stages.notice import Notice
 from fusion_ray.stages.teach_groups import taught_by_groups
 from fusion_ray.stages.vllm_environment import vllm_environment, vllm_version
 from fusion_ray.store import Artifact, Manifest, Unit
@@ -100,7 +100,7 @@ class TeachShards:
         from fusion_ray.workers.teacher import Teacher
 
         self._out, self._corpus = out, corpus
-        self._gauges, self._notice = Gauges("teach_actor", key=out.key), Notice()
+        self._gauges = Gauges("teach_actor", key=out.key)
         self._unfit: ValueError | OSError | None = None
         try:
             self._teacher = Teacher(
@@ -125,10 +125,6 @@ class TeachShards:
         from fusion_ray.workers.teach_shard import EngineBrokenError, teach_shard
 
         name, started = str(batch["shard"][0]), time.monotonic()
-        if self._notice.given():
-            # No shard is begun that the machine may take with it; the actor comes up again elsewhere, or where the cluster grows for it.
-            logger.warning("this machine is about to be taken: %s is left to another actor", name)
-            os._exit(1)
         failed: Exception | None = self._unfit
         if failed is None:
             try:

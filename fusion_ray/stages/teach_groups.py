@@ -1,8 +1,8 @@
 """Teachers larger than a node: actors whose engines have GPUs in several nodes, each in a placement group that is made and removed here. Called by teach.py.
 
 Ray Data's pools know no placement groups, so shards are handed out here: one at a time to each group, to whichever is free. vLLM's Ray executor finds the group
-that its actor is in and starts its workers there. A group is removed when its work is done, with its actor when that died (another takes its place), and by
-Ray itself when the driver is gone.
+that its actor is in and starts its workers there. A group is removed when its work is done, when its actor died or a node of it is about to be taken (another
+takes its place), and by Ray itself when the driver is gone.
 """
 
 import logging
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError
-from ray.util import placement_group, remove_placement_group
+from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -33,6 +33,11 @@ class _Group:
     place: PlacementGroup
     actor: Any = None
     shard: str | None = None
+
+    def loses_a_node(self) -> bool:
+        """Whether one of its nodes is announced to be taken, or drained."""
+        nodes = placement_group_table(self.place)["bundles_to_node_id"].values()
+        return not ray._private.state.state.get_draining_nodes().keys().isdisjoint(nodes)
 
     def remove(self) -> None:
         if self.actor is not None:
@@ -98,6 +103,11 @@ def taught_by_groups(
                         continue
                     deaths, since = 0, time.monotonic()
                     yield {name: column[0] for name, column in row.items()}
+                if waiting and group.loses_a_node():
+                    logger.warning("teach: a node is about to be taken: its group ends and another takes its place")
+                    end(group)
+                    begin()
+                    continue
                 group.shard = waiting.popleft() if waiting else None
                 if group.shard is None:
                     end(group)

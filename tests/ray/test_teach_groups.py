@@ -5,7 +5,7 @@ The engine is the real one on the CPU, in the actor alone: vLLM's Ray executor, 
 
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -20,6 +20,7 @@ from fusion_ray.stages import teach as stage
 from fusion_ray.stages.teach_groups import taught_by_groups
 from fusion_ray.store import Artifact, Store
 from fusion_ray.workers.attempts import TeachError
+from tests.ray.nodes import announce
 from tests.teaching import make_corpus
 from tests.tiny import make_tiny_model
 
@@ -62,6 +63,20 @@ def teach(out: Artifact, corpus: Artifact, model: ModelConfig, resources: TeachR
             kill_the_actor()
 
     standing: list[list[dict]] = []
+    teach_with(out, corpus, model, resources, report)
+    for groups in standing if resources.nodes > 1 else ():
+        assert [sorted(group["bundles_to_node_id"]) for group in groups] in ([[0, 1]], [])
+        assert all(len(set(group["bundles_to_node_id"].values())) == 2 for group in groups)  # one GPU each
+    assert resources.nodes == 1 or any(standing)
+
+
+def teach_with(
+    out: Artifact,
+    corpus: Artifact,
+    model: ModelConfig,
+    resources: TeachResources,
+    report: Callable[[Mapping[str, object]], None],
+) -> None:
     stage.teach(
         out,
         corpus,
@@ -73,10 +88,6 @@ def teach(out: Artifact, corpus: Artifact, model: ModelConfig, resources: TeachR
         resources=resources,
         report=report,
     )
-    for groups in standing if resources.nodes > 1 else ():
-        assert [sorted(group["bundles_to_node_id"]) for group in groups] in ([[0, 1]], [])
-        assert all(len(set(group["bundles_to_node_id"].values())) == 2 for group in groups)  # one GPU each
-    assert resources.nodes == 1 or any(standing)
 
 
 def kill_the_actor() -> None:
@@ -130,4 +141,26 @@ def test_what_never_works_is_given_up(cluster: Cluster, nodes: int, says: str) -
     resources = TeachResources(gpus=1, cpus=1, nodes=nodes)
     with pytest.raises(TeachError, match=says):
         list(taught_by_groups(Dies, {}, ["a", "b"], resources=resources, environment={}, patience=2))
+    assert left() == []
+
+
+def test_a_group_ends_when_a_node_of_it_is_announced(cluster: Cluster, model: ModelConfig, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    out = Store(str(tmp_path / "store")).artifact("teach", 1, {}, {})
+    third = cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=STORE)
+    leaving: list[str] = []
+    standing: list[set[str]] = []
+
+    def report(figures: Mapping[str, object]) -> None:
+        tables = [group for group in placement_group_table().values() if group["state"] == "CREATED"]
+        standing.append({node for group in tables for node in group["bundles_to_node_id"].values()})
+        if figures["done"] == 2:
+            node = next(node for node in [*cluster.worker_nodes] if node.node_id in standing[-1] and node != third)
+            leaving.append(node.node_id)
+            announce(node, 600)
+
+    teach_with(out, corpus, model, TWO_NODES, report)
+    assert leaving[0] in standing[1]
+    assert leaving[0] not in standing[-1]
+    assert third.node_id in standing[-1]
     assert left() == []
