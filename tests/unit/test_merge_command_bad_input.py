@@ -380,8 +380,8 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, capsys: Capture, monkeyp
             capsys,
             path,
             code=1,
-            says="cannot write OUT/merge.json: Permission denied. What was committed before is kept: free space or fix permissions (or choose another "
-            "run.storage) and run again",
+            says="cannot write OUT/merge.json: Permission denied. What was committed before is kept: free space or fix permissions (or write "
+            "elsewhere: a run writes to run.storage) and run again",
         )
 
 
