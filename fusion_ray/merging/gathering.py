@@ -16,13 +16,14 @@ from numba import njit
 
 from fusion_ray.merging import vectors
 from fusion_ray.merging.blocks import CHUNK, Block, Blocks, Doubles, Floats, Inputs, Scratch, exact_sum
-from fusion_ray.merging.kernels import LANES, chunks_of, fold, gather
+from fusion_ray.merging.kernels import LANES, chunks_of, gather, gather_delta, square_at
 from fusion_ray.merging.selection import (
     HALF,
     NOTHING,
     Places,
     Ranks,
     Selection,
+    add_lower_histogram,
     add_upper_histogram,
     find_bin,
     places_of,
@@ -62,12 +63,12 @@ def gather_selected(blocks: Blocks, select_topk: float) -> Gathered | None:
     offsets = np.zeros(chunks_of(blocks.size) + 1, np.int64)
     upper, zeros = np.zeros((1, HALF), np.int64), np.zeros(1, np.int64)
     scratch = Scratch(np.uint32)
-    seen = highest = 0
+    highest = 0
     for block in blocks:
         ranks = scratch.take(1, block.size)
         rank_variance(block, ranks)
         add_upper_histogram(ranks, upper, zeros)
-        seen += block.size
+        seen = block.start + block.size
         bin = int(_lowest_bin(upper[0], int(_MARGIN * select_topk * (seen - int(zeros[0]))) + 1))
         highest = max(highest, bin)
         first = block.start // CHUNK
@@ -81,7 +82,7 @@ def gather_selected(blocks: Blocks, select_topk: float) -> Gathered | None:
         if bin < highest:
             return None
         lower = np.zeros(HALF, np.int64)
-        _add_lower_histogram(records, offsets, numbers, bin, lower)
+        _lower_histogram(records, offsets, numbers, bin, lower)
         low, above_low = find_bin(lower, wanted - above)
         selection = Selection(bin << 16 | low, wanted - above - above_low)
     counts, sums = np.empty(offsets.size - 1, np.int64), np.empty((blocks.targets, offsets.size - 1))
@@ -100,7 +101,7 @@ def selected_of(records: Records, offset: int, count: int, targets: int) -> tupl
 
 @njit(cache=True, nogil=True)
 def _lowest_bin(histogram: npt.NDArray[np.int64], count: int) -> int:
-    """The bin that holds the count-th entry from the top; 0 where there are fewer."""
+    """As `find_bin`, once a block and therefore without a sum of all bins; 0 where there are fewer entries."""
     left = count
     for bin in range(histogram.size - 1, 0, -1):
         left -= histogram[bin]
@@ -152,25 +153,18 @@ def _note_chunk(inputs: Inputs, start: int, ranks: Ranks, least: np.uint32, plac
     base = floats[2, :count]
     gather(inputs, 0, start, places, base)
     for j in range(rows.shape[0] - 3):
-        delta = floats[3 + j, :count]
-        gather(inputs, j + 1, start, places, delta)
-        for s in range(count):
-            delta[s] -= base[s]
+        gather_delta(inputs, j, start, places, base, floats[3 + j, :count])
     return count
 
 
 @njit(cache=True, nogil=True)
-def _add_lower_histogram(
+def _lower_histogram(
     records: Records, offsets: Counts, numbers: int, bin: int, histogram: npt.NDArray[np.int64]
 ) -> None:
-    """Of the lower halves of the ranks whose upper half is `bin`."""
-    wanted = np.uint32(bin)
+    """As `add_lower_histogram`, of the ranks in the records."""
     for chunk in range(offsets.size - 1):
         count = (offsets[chunk + 1] - offsets[chunk]) // numbers
-        ranks = records[offsets[chunk] : offsets[chunk] + count]
-        for s in range(count):
-            if ranks[s] >> np.uint32(16) == wanted:
-                histogram[ranks[s] & np.uint32(0xFFFF)] += 1
+        add_lower_histogram(records[offsets[chunk] : offsets[chunk] + count], np.uint32(bin), histogram)
 
 
 @njit(cache=True, nogil=True)
@@ -193,9 +187,4 @@ def _close_up(
                 into[s] = source[chosen[s]]
         places = records[at : at + count]
         for j in range(M):
-            delta = floats[at + (2 + j) * count : at + (3 + j) * count]
-            lanes[:] = 0.0
-            for s in range(count):
-                value = np.float64(delta[s])
-                lanes[places[s] % np.uint32(LANES)] += value * value
-            sums[j, chunk] = fold(lanes)
+            sums[j, chunk] = square_at(floats[at + (2 + j) * count : at + (3 + j) * count], places, lanes)

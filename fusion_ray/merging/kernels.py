@@ -85,6 +85,16 @@ def load_delta(inputs: Inputs, target: int, start: int, base: Floats, out: Float
         out[i] -= base[i]
 
 
+@njit(cache=True, nogil=True)
+def gather_delta(
+    inputs: Inputs, target: int, start: int, places: npt.NDArray[np.int64], base: Floats, out: Floats
+) -> None:
+    """out = what a target (from 0) differs by from `base` (n,) at the first `places` after `start`."""
+    gather(inputs, target + 1, start, places, out)
+    for s in range(out.size):
+        out[s] -= base[s]
+
+
 @njit(cache=True, nogil=True, error_model="numpy")
 def sum_weighted(inputs: Inputs, weights: Floats, out: Floats) -> None:
     """out = sum_j weights_j targets_j, added in order in float32."""
@@ -151,6 +161,16 @@ def dot(first: Floats, second: Floats) -> float:
         a, b = first[start : start + LANES], second[start : start + LANES]
         for lane in range(a.size):
             lanes[lane] += np.float64(a[lane]) * np.float64(b[lane])
+    return fold(lanes)
+
+
+@njit(cache=True, nogil=True)
+def square_at(values: Floats, places: npt.NDArray, lanes: Doubles) -> float:
+    """What `dot` gives for a chunk with itself that has these values at its `places` and zeros elsewhere. Writes over `lanes` (LANES,)."""
+    lanes[:] = 0.0
+    for s in range(values.size):
+        value = np.float64(values[s])
+        lanes[np.uint32(places[s]) % np.uint32(LANES)] += value * value
     return fold(lanes)
 
 

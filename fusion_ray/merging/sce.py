@@ -36,7 +36,7 @@ from fusion_ray.merging.blocks import (
     shares,
 )
 from fusion_ray.merging.gathering import Gathered, Records, gather_selected, selected_of
-from fusion_ray.merging.kernels import LANES, chunks_of, dot, fold, gather, load, load_delta
+from fusion_ray.merging.kernels import LANES, chunks_of, dot, gather, gather_delta, load, load_delta, square_at
 from fusion_ray.merging.selection import (
     EVERYTHING,
     Places,
@@ -175,10 +175,7 @@ def _select_chunk(
     base, deltas = bases[:count], room[: M * count].reshape(M, count)
     gather(inputs, 0, start, places, base)
     for j in range(M):
-        delta = deltas[j]
-        gather(inputs, j + 1, start, places, delta)
-        for s in range(count):
-            delta[s] -= base[s]
+        gather_delta(inputs, j, start, places, base, deltas[j])
     return deltas
 
 
@@ -200,14 +197,7 @@ def _square_selected(
         deltas = _select_chunk(inputs, start, of_chunk, ranks, thresholds, remaining, places, bases, room)
         for j in range(deltas.shape[0]):
             delta = deltas[j]
-            if thresholds[0] < 0:
-                sums[j, chunk] = dot(delta, delta)
-                continue
-            lanes[:] = 0.0
-            for s in range(delta.size):
-                value = np.float64(delta[s])
-                lanes[places[s] % LANES] += value * value
-            sums[j, chunk] = fold(lanes)
+            sums[j, chunk] = dot(delta, delta) if thresholds[0] < 0 else square_at(delta, places, lanes)
 
 
 @njit(cache=True, nogil=True)

@@ -137,12 +137,16 @@ def add_upper_histogram(ranks: Ranks, histogram: npt.NDArray[np.int64], zeros: n
 @njit(cache=True, nogil=True)
 def _lower_histogram(ranks: Ranks, buckets: npt.NDArray[np.int64], histogram: npt.NDArray[np.int64]) -> None:
     for row in range(ranks.shape[0]):
-        if buckets[row] < 0:
-            continue
-        of_row, bins, wanted = ranks[row], histogram[row], np.uint32(buckets[row])
-        for i in range(of_row.size):
-            if of_row[i] >> np.uint32(16) == wanted:
-                bins[of_row[i] & np.uint32(0xFFFF)] += 1
+        if buckets[row] >= 0:
+            add_lower_histogram(ranks[row], np.uint32(buckets[row]), histogram[row])
+
+
+@njit(cache=True, nogil=True)
+def add_lower_histogram(ranks: Ranks, bucket: np.uint32, bins: npt.NDArray[np.int64]) -> None:
+    """Of the lower halves of those (n,) ranks whose upper half is `bucket`."""
+    for i in range(ranks.size):
+        if ranks[i] >> np.uint32(16) == bucket:
+            bins[ranks[i] & np.uint32(0xFFFF)] += 1
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
