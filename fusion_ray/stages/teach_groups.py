@@ -119,9 +119,12 @@ def taught_by_groups(
 
 
 def _bundles(resources: TeachResources) -> list[dict[str, float]]:
-    """A bundle for each GPU, as vLLM's executor wants them."""
+    """A bundle for each GPU, as vLLM's executor wants them, with its share of a node's CPUs and memory."""
     gpus = int(resources.gpus)
-    return [{"GPU": 1, "CPU": resources.cpus / gpus} for _ in range(gpus * resources.nodes)]
+    bundle = {"GPU": 1, "CPU": resources.cpus / gpus}
+    if resources.memory_gb is not None:
+        bundle["memory"] = int(resources.memory_gb * 2**30 / gpus)
+    return [bundle] * (gpus * resources.nodes)
 
 
 def _start(

@@ -128,11 +128,10 @@ def parallel(gpus: float, given: Mapping[str, object], *, nodes: int = 1, key: s
     if (tensor or 1) * (pipeline or 1) != count:
         raise ValueError(
             f"{key}.gpus is {count} and the engine arguments want {wanted} GPUs (tensor_parallel_size x pipeline_parallel_size): "
-            f"leave tensor_parallel_size out, or set {key}.gpus to {wanted}. These GPUs are in one node; for more, set resources.teach.nodes"
+            f"leave tensor_parallel_size out, or set {key}.gpus to {wanted}. These GPUs are in one node; a teacher may have more (resources.teach.nodes)"
         )
     # mp: the executor's own processes in this node. Inside an actor vLLM would else take Ray's, which wants a placement group.
-    engine: EngineArgs = {"tensor_parallel_size": tensor}
-    return engine if "distributed_executor_backend" in given else engine | {"distributed_executor_backend": "mp"}
+    return _executed({"tensor_parallel_size": tensor}, given, "mp")
 
 
 def _over_nodes(gpus: float, given: Mapping[str, object], nodes: int, key: str) -> EngineArgs:
@@ -150,8 +149,12 @@ def _over_nodes(gpus: float, given: Mapping[str, object], nodes: int, key: str) 
             f"{key}.gpus in {key}.nodes are {count} GPUs and the engine arguments want {tensor * pipeline} (tensor_parallel_size {tensor} x "
             f"pipeline_parallel_size {pipeline}): leave one of them out"
         )
-    engine: EngineArgs = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
-    return engine | {"distributed_executor_backend": "ray"}
+    return _executed({"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}, given, "ray")
+
+
+def _executed(engine: EngineArgs, given: Mapping[str, object], backend: str) -> EngineArgs:
+    """With the executor, unless one is given."""
+    return engine if "distributed_executor_backend" in given else engine | {"distributed_executor_backend": backend}
 
 
 def _whole(value: object) -> int | None:

@@ -26,7 +26,7 @@ from tests.tiny import make_tiny_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]  # four starts of an engine
 STORE = 100 << 20  # bytes of a node's object store
-TWO_NODES = TeachResources(gpus=1, cpus=1, nodes=2)
+TWO_NODES = TeachResources(gpus=1, cpus=1, nodes=2, memory_gb=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,7 @@ def teach(out: Artifact, corpus: Artifact, model: ModelConfig, resources: TeachR
     for groups in standing if resources.nodes > 1 else ():
         assert [sorted(group["bundles_to_node_id"]) for group in groups] in ([[0, 1]], [])
         assert all(len(set(group["bundles_to_node_id"].values())) == 2 for group in groups)  # one GPU each
+        assert all(bundle["memory"] == 2**29 for group in groups for bundle in group["bundles"].values())
     assert resources.nodes == 1 or any(standing)
 
 

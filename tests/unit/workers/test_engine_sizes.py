@@ -74,6 +74,7 @@ def test_several_nodes_have_the_layers() -> None:
     assert parallel(8, {}, nodes=2) == both
     assert parallel(8, {"tensor_parallel_size": 4}, nodes=2)["pipeline_parallel_size"] == 4
     assert parallel(8, {"pipeline_parallel_size": 1}, nodes=2)["tensor_parallel_size"] == 16
+    assert "distributed_executor_backend" not in parallel(8, {"distributed_executor_backend": "mp"}, nodes=2)
     with pytest.raises(ValueError, match=r"are 16 GPUs and the engine arguments want 15 \(tensor_parallel_size 5 x"):
         parallel(8, {"tensor_parallel_size": 5}, nodes=2)
     for gpus in (0, 0.5, 1.5):
