@@ -165,10 +165,8 @@ def scaling(work: Path) -> dict[str, Metric]:
     for workers in (1, 2):
         out = Store(str(work)).artifact("teach", 1, {"workers": workers}, {})
         shutil.rmtree(out.url, ignore_errors=True)
-        times: list[float] = []
-        actors: list[int] = []
         with connected(ResourcesConfig(num_cpus=4, object_store_gb=0.2)), one_core_each("ray::MapWorker"):
-            taught(out, corpus, workers, times, actors)
+            times, actors = zip(*taught(out, corpus, workers), strict=True)
         first, last = actors.index(workers) + 1, len(times) - workers  # all actors are at work from here to there
         tokens = float(str(out.manifest().info["tokens"])) * (last - first) / len(times)
         speeds[workers] = tokens / (times[last - 1] - times[first - 1])
@@ -179,11 +177,9 @@ def scaling(work: Path) -> dict[str, Metric]:
     }
 
 
-def taught(out: Artifact, corpus: Artifact, workers: int, times: list[float], actors: list[int]) -> None:
-    def report(figures: Mapping[str, object]) -> None:
-        times.append(time.monotonic())
-        actors.append(int(str(figures["actors"])))
-
+def taught(out: Artifact, corpus: Artifact, workers: int) -> list[tuple[float, int]]:
+    """When each shard was done, and how many actors had done one by then."""
+    done: list[tuple[float, int]] = []
     stage.teach(
         out,
         corpus,
@@ -193,8 +189,9 @@ def taught(out: Artifact, corpus: Artifact, workers: int, times: list[float], ac
         max_rejected=0.01,
         seed=0,
         resources=TeachResources(min_workers=workers, max_workers=workers),
-        report=report,
+        report=lambda figures: done.append((time.monotonic(), int(str(figures["actors"])))),
     )
+    return done
 
 
 def null_shards(work: Path, counts: Sequence[int]) -> dict[str, Metric]:
@@ -208,9 +205,8 @@ def null_shards(work: Path, counts: Sequence[int]) -> dict[str, Metric]:
         for each in (corpus, out):
             shutil.rmtree(each.url, ignore_errors=True)
         corpus.seal([corpus.commit_bytes(shard_name(number), b"", rows=1) for number in range(count)])
-        times: list[float] = []
         with connected(ResourcesConfig(num_cpus=4, object_store_gb=0.2)):
-            taught(out, corpus, 2, times, [])
+            times = [moment for moment, _ in taught(out, corpus, 2)]
         seconds[str(count)] = (times[-1] - times[0]) / (count - 1) * 1000
         memory[str(count)] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         progress(f"{count} shards: {seconds[str(count)]:.2f} s a thousand, driver {memory[str(count)]:.0f} MiB")
