@@ -1,4 +1,4 @@
-"""A driver of the distill stage to be killed: `python distill_driver.py TASK`, TASK as JSON (see tests/ray/test_distill.py)."""
+"""A driver of the distill stage to be killed: `python distill_driver.py TASK`, TASK as JSON (see tests/ray/distilling.py)."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ def main(task: dict) -> None:
             pivot=ModelConfig(name="pivot", path=task["pivot"]),
             config=DistillConfig.model_validate(task["config"]),
             seed=7,
-            resources=WorkerResources(max_workers=task.get("workers", 2)),
+            resources=WorkerResources(max_workers=task["workers"]),
             report=lambda figures: None,
         )
 

@@ -3,12 +3,9 @@
 Three runs of one task - undisturbed, driver killed, worker killed - must end in the same bytes.
 """
 
-import importlib.util
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -21,22 +18,11 @@ from fusion_ray.config import DistillConfig, ModelConfig, ResourcesConfig, Worke
 from fusion_ray.stages.cluster import connected
 from fusion_ray.stages.distill import distill
 from fusion_ray.store import Artifact, Manifest
+from tests import tiny
+from tests.ray import training
+from tests.ray.distilling import UNDER_WAY, kill_a_driver, rows_of, steps, wait_for_step
 
 pytestmark = pytest.mark.ray
-HERE = Path(__file__).parent
-
-
-def _helper(name: str, path: Path):  # type: ignore[no-untyped-def]  # a module
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-training = _helper("training", HERE / "training.py")
-tiny = _helper("tiny", HERE.parent / "tiny.py")
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +30,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pivot, sealed align rows, and room for artefacts."""
     work = tmp_path_factory.mktemp("distill")
     tiny.make_tiny_model(work / "pivot", "llama", dtype="bfloat16")
-    rows = Artifact(str(work / "rows"), "align", "rows")
-    paths = training.write_shards(work / "shards")
-    rows.seal([rows.commit_file(path.name, path, rows=10) for path in paths])
+    rows_of(work)
     return work
 
 
@@ -64,20 +48,7 @@ def artifact(work: Path, name: str) -> Artifact:
 def killed_driver(work: Path) -> Artifact:
     """An artefact whose driver got SIGKILL after step 25, and left checkpoints of steps 10 and 20."""
     out = artifact(work, "killed-driver")
-    task = {"out": out.url, "key": out.key, "rows": str(work / "rows"), "pivot": str(work / "pivot")}
-    driver = subprocess.Popen(
-        [sys.executable, str(HERE / "distill_driver.py"), json.dumps(task | {"config": settings().model_dump()})],
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        cwd=work,
-        env=os.environ | {"RAY_AUTH_MODE": "disabled"},  # loopback
-    )
-    try:
-        _wait_for_step(out, 25, driver)
-    finally:
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
-    assert not out.sealed
+    kill_a_driver(out, work, settings(), after=25, workers=2)
     return out
 
 
@@ -100,22 +71,9 @@ def _run(out: Artifact, work: Path, config: DistillConfig, seen: list[Mapping[st
     )
 
 
-def _steps(out: Artifact, name: str = "metrics.jsonl") -> list[int]:
-    lines = out.read_bytes(name).splitlines() if out.exists(name) else []
-    return [json.loads(line)["step"] for line in lines if line.endswith(b"}")]
-
-
-def _wait_for_step(out: Artifact, step: int, driver: subprocess.Popen[bytes] | None = None) -> None:
-    deadline = time.monotonic() + 240
-    while max(_steps(out, "_work/metrics.jsonl"), default=0) < step:
-        assert time.monotonic() < deadline, f"step {step} was not reached"
-        assert driver is None or driver.poll() is None, "the driver ended before it could be killed"
-        time.sleep(0.02)
-
-
 def _kill_a_worker(out: Artifact) -> int:
     """SIGKILL to rank 0 of the run that makes `out`: it holds metrics.jsonl open."""
-    _wait_for_step(out, 25)
+    wait_for_step(out, 25)
     held = str(Path(out.url) / "_work" / "metrics.jsonl")
     for process in psutil.Process().children(recursive=True):
         try:
@@ -132,7 +90,7 @@ def test_killed_driver_and_killed_worker_end_in_the_undisturbed_bytes(
 ) -> None:
     """Also: three branches in threads of one driver, and no step twice in metrics.jsonl."""
     outs = [artifact(work, "undisturbed"), killed_driver, artifact(work, "killed-worker")]
-    before = _steps(killed_driver, "_work/metrics.jsonl")
+    before = steps(killed_driver, UNDER_WAY)
     failures: list[BaseException] = []
     seen: list[list[Mapping[str, object]]] = [[], [], []]
 
@@ -153,7 +111,7 @@ def test_killed_driver_and_killed_worker_end_in_the_undisturbed_bytes(
     for out in outs:
         assert out.sealed
         out.verify()
-        assert _steps(out) == list(range(1, 161))
+        assert steps(out) == list(range(1, 161))
         assert not out.exists("_work")
         assert out.read_bytes("model.safetensors") == outs[0].read_bytes("model.safetensors")
         assert out.read_bytes("training.json") == outs[0].read_bytes("training.json")
@@ -173,9 +131,7 @@ def test_a_sealed_artefact_is_left_alone(work: Path, cluster: None) -> None:
 
 
 def test_rows_of_another_pivot_are_named_and_not_retried(work: Path, cluster: None, tmp_path: Path) -> None:
-    rows = Artifact(str(tmp_path / "rows"), "align", "rows")
-    paths = training.write_shards(tmp_path / "shards", vocabulary=5000)
-    rows.seal([rows.commit_file(path.name, path, rows=10) for path in paths])
+    rows = rows_of(tmp_path, vocabulary=5000)
     out = Artifact(str(tmp_path / "out"), "distill", "another")
     with pytest.raises(ValueError, match=r"shard-00000.parquet: row 'row-\d+' has ids outside the pivot's embedding"):
         distill(

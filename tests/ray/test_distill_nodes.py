@@ -1,6 +1,5 @@
 """The distill stage on a cluster whose nodes go: one is announced to be taken and then taken, the next dies without a word. Nobody calls the stage again."""
 
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from fusion_ray.stages.distill import distill
 from fusion_ray.store import Artifact
 from tests import tiny
 from tests.ray import training
+from tests.ray.distilling import UNDER_WAY, rows_of, steps
 from tests.ray.nodes import announce
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]  # three starts of a worker group: a minute and a half
@@ -38,13 +38,6 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     cluster.shutdown()
 
 
-def rows_of(work: Path) -> Artifact:
-    rows = Artifact(str(work / "rows"), "align", "rows")
-    paths = training.write_shards(work / "shards")
-    rows.seal([rows.commit_file(path.name, path, rows=10) for path in paths])
-    return rows
-
-
 def train(out: Artifact, rows: Artifact, pivot: Path, config: DistillConfig, failures: list[BaseException]) -> None:
     try:
         distill(
@@ -58,11 +51,6 @@ def train(out: Artifact, rows: Artifact, pivot: Path, config: DistillConfig, fai
         )
     except BaseException as error:
         failures.append(error)
-
-
-def steps(out: Artifact, name: str = "metrics.jsonl") -> list[int]:
-    lines = out.read_bytes(name).splitlines() if out.exists(name) else []
-    return [json.loads(line)["step"] for line in lines if line.endswith(b"}")]
 
 
 def wait_until(true: Any, failures: list[BaseException], what: str, seconds: float = 240) -> None:
@@ -89,7 +77,7 @@ def test_an_announced_and_a_silent_loss_of_a_node(tmp_path: Path, cluster: Clust
     thread = threading.Thread(target=train, args=(out, rows, tmp_path / "pivot", config, failures))
     first = cluster.add_node(num_cpus=2, object_store_memory=STORE)
     thread.start()
-    wait_until(lambda: max(steps(out, "_work/metrics.jsonl"), default=0) >= 5, failures, "step 5 was reached")
+    wait_until(lambda: max(steps(out, UNDER_WAY), default=0) >= 5, failures, "step 5 was reached")
     announce(first, seconds=30)
     wait_until(lambda: saved(out), failures, "a checkpoint was saved")
     (at,) = saved(out)

@@ -1,11 +1,6 @@
 """The distill stage with adapters and packed lines, resumed by more workers than it began with, as a cluster that grew would. Ends with the same training."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,9 +13,9 @@ from fusion_ray.stages.distill import distill
 from fusion_ray.store import Artifact
 from tests import tiny
 from tests.ray import training
+from tests.ray.distilling import kill_a_driver, rows_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]  # three starts of a worker group: a minute
-HERE = Path(__file__).parent
 
 
 def settings() -> DistillConfig:
@@ -45,38 +40,12 @@ def run(out: Artifact, work: Path, workers: int) -> tuple[list[dict[str, object]
     return [json.loads(line) for line in out.read_bytes("metrics.jsonl").splitlines()], int(str(seen[0]["done"]))
 
 
-def kill_a_driver(out: Artifact, work: Path, *, after: int, workers: int) -> None:
-    """SIGKILL to a driver, with a Ray of its own, once so many steps are in the metrics."""
-    task = {"out": out.url, "key": out.key, "rows": str(work / "rows"), "pivot": str(work / "pivot")}
-    task |= {"config": settings().model_dump(), "workers": workers}
-    driver = subprocess.Popen(
-        [sys.executable, str(HERE / "distill_driver.py"), json.dumps(task)],
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        cwd=work,
-        env=os.environ | {"RAY_AUTH_MODE": "disabled"},  # loopback
-    )
-    deadline = time.monotonic() + 240
-    metrics = Path(out.url) / "_work" / "metrics.jsonl"
-    try:
-        while not (metrics.exists() and len(metrics.read_bytes().splitlines()) >= after):
-            assert time.monotonic() < deadline
-            assert driver.poll() is None, "the driver ended before it could be killed"
-            time.sleep(0.01)
-    finally:
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
-
-
 def test_adapters_on_packed_lines_go_on_with_more_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     tiny.make_tiny_model(tmp_path / "pivot", "llama", dtype="bfloat16")
-    rows = Artifact(str(tmp_path / "rows"), "align", "rows")
-    paths = training.write_shards(tmp_path / "shards")
-    rows.seal([rows.commit_file(path.name, path, rows=10) for path in paths])
+    rows_of(tmp_path)
     whole, resized = (Artifact(str(tmp_path / name), "distill", "the-task") for name in ("whole", "resized"))
-    kill_a_driver(resized, tmp_path, after=12, workers=1)
-    assert not resized.sealed
+    kill_a_driver(resized, tmp_path, settings(), after=12, workers=1)
     with connected(ResourcesConfig(num_cpus=4, object_store_gb=0.2)):
         undisturbed, _ = run(whole, tmp_path, 1)
         grown, first = run(resized, tmp_path, 2)
