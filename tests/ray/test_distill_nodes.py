@@ -16,10 +16,9 @@ from fusion_ray.store import Artifact
 from tests import tiny
 from tests.ray import training
 from tests.ray.distilling import UNDER_WAY, rows_of, steps
-from tests.ray.nodes import announce
+from tests.ray.nodes import STORE, announce, head_alone
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]  # three starts of a worker group: a minute and a half
-STORE = 100 << 20  # bytes of a node's object store
 
 
 @pytest.fixture
@@ -29,9 +28,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setenv(
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1"
     )  # another test's local cluster may have switched it off
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False}
-    )
+    cluster = head_alone()
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster
     ray.shutdown()

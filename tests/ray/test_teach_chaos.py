@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
 from fusion_ray.corpus.shards import REJECTED
 from fusion_ray.logprobs.codec import decode, from_table
 from fusion_ray.store import Artifact
+from tests.ray.nodes import STORE, head_alone, teachers
 from tests.teaching import make_corpus
 from tests.tiny import make_tiny_model
 
@@ -29,16 +29,13 @@ HERE = Path(__file__).parent
 ROUNDS = int(os.environ.get("FUSION_RAY_CHAOS_ROUNDS", "5"))
 SEED = int(os.environ.get("FUSION_RAY_CHAOS_SEED", str(random.SystemRandom().randrange(1 << 16))))
 SHARDS, ROWS = 300, 4
-STORE = 100 << 20  # bytes of a node's object store
 KINDS = ("actor", "driver", "node")
 
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # loopback
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False}
-    )
+    cluster = head_alone()
     yield cluster
     cluster.shutdown()
 
@@ -68,20 +65,6 @@ class Run:
             time.sleep(0.05)
 
 
-def actors() -> list[psutil.Process]:
-    """Ray names a worker's process after its actor; raylets of this cluster are children of this process."""
-    return [
-        process for process in psutil.Process().children(recursive=True) if "TeachShards" in " ".join(_command(process))
-    ]
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
-
-
 def rows_of(out: Artifact) -> list[tuple[str, bytes]]:
     return [(unit.name, out.read_bytes(unit.name)) for unit in out.manifest().units]
 
@@ -109,7 +92,7 @@ def test_killed_at_random_moments_the_table_is_the_undisturbed_one(tmp_path: Pat
             cluster.remove_node(lost, allow_graceful=False)
             nodes.append(cluster.add_node(num_cpus=1, object_store_memory=STORE))
         else:
-            for process in actors()[:1]:
+            for process, _ in list(teachers())[:1]:
                 process.kill()
         killed.append(kind)
     run.wait(lambda: run.driver.poll() == 0)

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
@@ -15,22 +14,19 @@ from fusion_ray.corpus.shards import REJECTED
 from fusion_ray.logprobs.codec import decode, from_table
 from fusion_ray.stages import teach as stage
 from fusion_ray.store import Store
-from tests.ray.nodes import announce
+from tests.ray.nodes import STORE, announce, head_alone, teachers
 from tests.teaching import make_corpus
 from tests.tiny import make_tiny_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SECONDS = 6  # until Ray Data has heard of it
-STORE = 100 << 20  # bytes of a node's object store
 SHARDS, ROWS = 240, 40  # both actors have work for half a minute
 
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     os.environ["RAY_AUTH_MODE"] = "disabled"  # loopback
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False}
-    )
+    cluster = head_alone()
     environment = {"PYTHONPATH": str(Path(__file__).parents[2])}
     ray.init(address=cluster.address, log_to_driver=False, runtime_env={"env_vars": environment})
     yield cluster
@@ -39,15 +35,8 @@ def cluster() -> Iterator[Cluster]:
 
 
 def teaching(raylet: int) -> bool:
-    """Whether an actor of the node is at a shard: Ray names a worker's process after its actor and what that does."""
-    for process in psutil.Process(raylet).children():
-        try:
-            title = " ".join(process.cmdline()).strip()
-        except psutil.Error:
-            continue
-        if "TeachShards" in title and title.endswith(".submit"):
-            return True
-    return False
+    """Whether an actor of the node is at a shard."""
+    return any(title.endswith(".submit") for _, title in teachers(raylet))
 
 
 def test_an_announced_node_gets_no_further_shard(cluster: Cluster, tmp_path: Path) -> None:

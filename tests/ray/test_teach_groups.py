@@ -8,7 +8,6 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
@@ -20,21 +19,18 @@ from fusion_ray.stages import teach as stage
 from fusion_ray.stages.teach_groups import taught_by_groups
 from fusion_ray.store import Artifact, Store
 from fusion_ray.workers.attempts import TeachError
-from tests.ray.nodes import announce
+from tests.ray.nodes import STORE, announce, head_alone, teachers
 from tests.teaching import make_corpus
 from tests.tiny import make_tiny_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]  # four starts of an engine
-STORE = 100 << 20  # bytes of a node's object store
 TWO_NODES = TeachResources(gpus=1, cpus=1, nodes=2, memory_gb=0.5)
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     os.environ["RAY_AUTH_MODE"] = "disabled"  # loopback
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": STORE, "include_dashboard": False}
-    )
+    cluster = head_alone(2)
     for _ in range(2):
         cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=STORE)
     environment = {"PYTHONPATH": str(Path(__file__).parents[2])}
@@ -92,14 +88,8 @@ def teach_with(
 
 
 def kill_the_actor() -> None:
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if "TeachShards" in " ".join(process.cmdline()):
-                process.send_signal(signal.SIGKILL)
-                return
-        except psutil.Error:
-            continue
-    raise AssertionError("no actor to kill")
+    process, _ = next(teachers())
+    process.send_signal(signal.SIGKILL)
 
 
 def left() -> list[str]:
