@@ -11,13 +11,43 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME)]
-Scalar = str | int | float | bool | None
-EngineArgs = dict[str, Scalar | list[Scalar] | dict[str, Scalar]]
+EngineArgs = dict[str, JsonValue]
+# vLLM's arguments that change what a teacher says: of the recipe, which an artefact's key holds, never of a machine.
+RESULT_ARGUMENTS = {
+    "config_format", "default_mm_loras", "disable_sliding_window", "dtype", "enable_lora", "hf_config_path", "hf_overrides", "kv_cache_dtype",
+    "load_format", "lora_dtype", "max_model_len", "model_class_overrides", "quantization", "quantization_config",
+}  # fmt: skip
+# What is said elsewhere in the config or must be as it is; by argument.
+OWN_ARGUMENTS = {
+    "model": "sources.N.path (or pivot.path) names the model",
+    "model_weights": "sources.N.path (or pivot.path) names the model",
+    "tokenizer": "the model's own is used",
+    "tokenizer_mode": "the model's own tokenizer is used",
+    "skip_tokenizer_init": "texts are tokenized outside of the engine",
+    "revision": "sources.N.revision (or pivot.revision) names it",
+    "code_revision": "sources.N.revision (or pivot.revision) names it",
+    "tokenizer_revision": "sources.N.revision (or pivot.revision) names it",
+    "trust_remote_code": "sources.N.trust_remote_code (or pivot.trust_remote_code) says it",
+    "seed": "run.seed says it",
+    "logprobs_mode": "rows hold the logprobs of the model as it is",
+    "runner": "logprobs come from a model that generates",
+    "convert": "logprobs come from a model that generates",
+}
 
 
 class ConfigError(ValueError):
@@ -27,6 +57,11 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     # Built when first used, which a command that takes no run's config never does.
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), defer_build=True)
+
+
+def _refuse_own(given: EngineArgs, key: str) -> None:
+    for name in OWN_ARGUMENTS.keys() & given.keys():
+        raise ValueError(f"{key}.{name} cannot be set: {OWN_ARGUMENTS[name]}; leave it out")
 
 
 class RunConfig(Section):
@@ -175,6 +210,12 @@ class TeachConfig(Section):
                 "teach.engine holds vLLM engine arguments, such as {quantization: fp8}; a teacher that is served elsewhere is told of its model: "
                 "set sources.0.endpoint.url (or pivot.endpoint.url) to the server's base, such as http://host:8000/v1"
             )
+        return value
+
+    @field_validator("engine")
+    @classmethod
+    def _of_the_recipe(cls, value: EngineArgs) -> EngineArgs:
+        _refuse_own(value, "teach.engine")
         return value
 
 
@@ -404,6 +445,18 @@ class WorkerResources(Section):
 
 class TeachResources(WorkerResources):
     """The pool of teachers."""
+
+    @field_validator("engine")
+    @classmethod
+    def _of_the_machine(cls, value: EngineArgs) -> EngineArgs:
+        _refuse_own(value, "resources.teach.engine")
+        changing = sorted(RESULT_ARGUMENTS & set(value))
+        if changing:
+            raise ValueError(
+                f"resources.teach.engine.{changing[0]} changes what a teacher says, and what is said here is not in the key of its rows: "
+                f"move it to teach.engine.{changing[0]}"
+            )
+        return value
 
     nodes: int = Field(
         1,

@@ -226,10 +226,13 @@ def problems(config: FusionConfig, graph: Graph, sizes: dict[str, ModelSize | No
         free = shutil.disk_usage(folder).free
         if written > free:
             yield f"run.storage {storage} has {_size(free)} free, the run writes about {_size(written)}: choose another or free space"
-    if config.teach.top_k > 20 and "max_logprobs" in config.teach.engine:
-        limit = config.teach.engine["max_logprobs"]
-        if isinstance(limit, int) and limit < config.teach.top_k:
-            yield f"teach.engine.max_logprobs {limit} is below teach.top_k {config.teach.top_k}: leave it out or raise it"
+    for key, engine in (
+        ("teach.engine", config.teach.engine),
+        ("resources.teach.engine", config.resources.teach.engine),
+    ):
+        limit = engine.get("max_logprobs")
+        if isinstance(limit, int) and 0 <= limit < config.teach.top_k:
+            yield f"{key}.max_logprobs {limit} is below teach.top_k {config.teach.top_k}: leave it out or raise it"
     if any(not node.artifact.sealed for node in graph.teach.values()):
         yield from _teach_problems(config, sizes)
     if config.align.problem:

@@ -1,6 +1,7 @@
 """Data files as a stream of conversations and rejected rows: jsonl, json, parquet, on any fsspec URL, one row in memory at a time.
 
-A row of more than MAX_ROW_BYTES is rejected, so that a file without line ends, or a broken JSON array, does not come into memory whole.
+A row of more than MAX_ROW_BYTES is rejected, so that a file without line ends does not come into memory whole; a JSON array that breaks off is an error, as
+where its next row begins is not known.
 Called by ingest.py for the corpus and by the evaluate stage for held-out conversations.
 """
 
@@ -39,6 +40,14 @@ class Rejected:
     reason: str
 
 
+class _BrokenOffError(ValueError):
+    """A JSON file that cannot be read past its row `row`: where the next one begins is not known."""
+
+    def __init__(self, row: int, why: str) -> None:
+        super().__init__(why)
+        self.row = row
+
+
 def read_conversations(
     paths: Sequence[str], *, format: str = "auto", key: str = "corpus.path"
 ) -> Iterator[Conversation | Rejected]:
@@ -57,7 +66,7 @@ def read_conversations(
 def read_rows(
     path: str, *, format: str, dataset: str, key: str = "corpus.path"
 ) -> Iterator[tuple[int, Conversation | Rejected]]:
-    """(row number, row) of one file, ids as they come. Raises ValueError naming `key` for a file that is missing, unreadable or of an unknown kind."""
+    """(row number, row) of one file, ids as they come. Raises ValueError naming `key` for a file that is missing, unreadable, broken or of an unknown kind."""
     for number, row in _rows(path, key):
         given = ""
         try:
@@ -119,6 +128,11 @@ def _rows(path: str, key: str) -> Iterator[tuple[int, object]]:
             raise ValueError(f"{key} {path!r}: expected a file ending in .jsonl, .ndjson, .json or .parquet")
     except FileNotFoundError as error:
         raise ValueError(f"{key} {path!r} does not exist: give the path of a conversation file") from error
+    except _BrokenOffError as error:
+        raise ValueError(
+            f"{key} {path!r} cannot be read past row {error.row} ({error}): mend or fetch the file again; of JSON lines, one row a line, the broken row alone "
+            "would be left out"
+        ) from error
     except pa.ArrowInvalid as error:
         raise ValueError(f"{key} {path!r} is not a readable Parquet file: {error}") from error
     except (IsADirectoryError, PermissionError) as error:
@@ -168,7 +182,7 @@ def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _json_values(file: IO[str]) -> Iterator[tuple[int, object]]:
-    """Elements of one JSON array, or JSON values one after the other, decoded as they arrive."""
+    """Elements of one JSON array, or JSON values one after the other, decoded as they arrive. Raises _BrokenOffError where it cannot be read to its end."""
     decoder = json.JSONDecoder()
     text, number, ended = "", 0, False
     while not ended and not text.strip():
@@ -182,6 +196,8 @@ def _json_values(file: IO[str]) -> Iterator[tuple[int, object]]:
         while position < len(text) and text[position] in " \t\r\n,":
             position += 1
         if in_array and position < len(text) and text[position] == "]":
+            if (text[position + 1 :] + file.read(CHUNK)).strip():
+                raise _BrokenOffError(number, "text stands after the end of the array")
             return
         value: object = None
         problem: json.JSONDecodeError | None = None
@@ -192,23 +208,20 @@ def _json_values(file: IO[str]) -> Iterator[tuple[int, object]]:
             problem = error
         except (RecursionError, ValueError) as error:
             why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-            yield number + 1, RowError(f"not JSON that can be read: {why}; the rest of the file was not read")
-            return
+            raise _BrokenOffError(number, f"not JSON that can be read: {why}") from error
         # A value that ends where the buffer ends may go on in the next chunk (a number); a broken one may be a cut one.
         if not ended and (problem is not None or end == len(text)):
             if len(text) - position > MAX_ROW_BYTES:
-                yield number + 1, RowError(f"not JSON, or {TOO_LARGE}; the rest of the file was not read")
-                return
+                raise _BrokenOffError(number, f"not JSON, or {TOO_LARGE}")
             more = file.read(want)
             ended = not more
             text, position, want = text[position:] + more, 0, want * 2
             continue
         if position >= len(text) and not in_array:
             return
-        number += 1
         if problem is not None:
-            yield number, RowError(f"not JSON: {problem.msg}; the rest of the file was not read")
-            return
+            raise _BrokenOffError(number, f"not JSON: {problem.msg}" if position < len(text) else "the file ends there")
+        number += 1
         yield number, value
         position, want = end, CHUNK
 

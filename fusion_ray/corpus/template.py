@@ -69,6 +69,10 @@ class ChatTemplate:
             return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation))
         except TemplateError as error:
             raise UnlocatedError(f"the chat template of {self._name} refuses the conversation: {error}") from error
+        except Exception as error:  # what a template's own expressions raise, a TypeError for one
+            raise UnlocatedError(
+                f"the chat template of {self._name} fails on the conversation: {type(error).__name__}: {error}"
+            ) from error
 
     def locate(self, messages: Sequence[Message]) -> tuple[str, list[Placed]]:
         """The rendered text and the place of every content in it, in text order. Raises UnlocatedError."""
@@ -120,18 +124,27 @@ class ChatTemplate:
 def _match(text: str, literals: Sequence[str], contents: Sequence[str]) -> list[int] | None:
     """Which of STRIPS each content went through so that literals and contents make `text`; None when none does."""
 
-    def walk(at: int, number: int) -> list[int] | None:
-        if not text.startswith(literals[number], at):
+    # A walk with its own stack: a conversation may have more messages than Python's has room for.
+    chosen: list[int] = []
+    starts: list[int] = []  # of the contents in the text
+    at, number, index = 0, 0, 0
+    while True:
+        if index == 0:  # nothing was tried at this content yet
+            fits = text.startswith(literals[number], at)
+            at += len(literals[number])
+            if fits and number == len(contents):
+                fits = at == len(text)
+                if fits:
+                    return chosen
+            if not fits:
+                index = len(STRIPS)
+        while index < len(STRIPS) and not text.startswith(STRIPS[index](contents[number]), at):
+            index += 1
+        if index < len(STRIPS):
+            chosen.append(index)
+            starts.append(at)
+            at, number, index = at + len(STRIPS[index](contents[number])), number + 1, 0
+        elif chosen:
+            at, number, index = starts.pop(), number - 1, chosen.pop() + 1
+        else:
             return None
-        at += len(literals[number])
-        if number == len(contents):
-            return [] if at == len(text) else None
-        for index, strip in enumerate(STRIPS):
-            kept = strip(contents[number])
-            if text.startswith(kept, at):
-                rest = walk(at + len(kept), number + 1)
-                if rest is not None:
-                    return [index, *rest]
-        return None
-
-    return walk(0, 0)

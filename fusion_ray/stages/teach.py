@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -16,6 +17,7 @@ from datetime import timedelta
 import numpy as np
 import ray
 import ray.data
+from ray.exceptions import ActorDiedError
 
 from fusion_ray.config import EndpointConfig, EngineArgs, ModelConfig, TeachConfig, TeachResources
 from fusion_ray.corpus.readers import Rejected
@@ -23,7 +25,7 @@ from fusion_ray.corpus.shards import REJECTED, encode_rejected
 from fusion_ray.logprobs.served import ENDPOINT
 from fusion_ray.records import Report
 from fusion_ray.stages.gauges import Gauges
-from fusion_ray.stages.teach_groups import taught_by_groups
+from fusion_ray.stages.teach_groups import died, taught_by_groups
 from fusion_ray.stages.vllm_environment import vllm_environment, vllm_version
 from fusion_ray.store import Artifact, Manifest, Unit
 from fusion_ray.workers.api_key import read_key
@@ -34,8 +36,10 @@ from fusion_ray.workers.engine_sizes import merged, parallel
 logger = logging.getLogger(__name__)
 
 COUNTS = ("rows", "positions", "tokens", "bytes", "cut_rows", "cut_turns", "rejected", "quarantined", "unreached")
-WATCHED = ("rows", "tokens", "rejected", "quarantined", "unreached")
+MISSING = ("rejected", "quarantined", "unreached")
+WATCHED = ("rows", "tokens", *MISSING)
 MISSING_SHOWN = 3
+WINDOW_SECONDS = 300.0
 # Errors that a user can mend travel from the actors as data: Ray would give back its own wrapper and their text within a traceback.
 FAILURES: dict[str, type[Exception]] = {"value": ValueError, "storage": OSError, "teach": TeachError}
 MAX_BLOCKS = 10_000  # a block of Ray Data is one task; past this many shards, several share a task
@@ -129,8 +133,9 @@ class TeachShards:
         if failed is None:
             try:
                 unit = teach_shard(self._teacher, self._corpus, self._out, name)
-                tokens = _count(unit, "tokens") / max(time.monotonic() - started, 1e-9)
-                self._gauges.set({"rows": unit.rows, "tokens_per_second": tokens})
+                seconds = max(time.monotonic() - started, 1e-9)
+                rates = {f"{what}_per_second": _count(unit, what) / seconds for what in ("rows", "tokens")}
+                self._gauges.set({"rows": unit.rows, **rates})
             except (ValueError, OSError, TeachError) as error:
                 failed = error
             except EngineBrokenError:
@@ -213,7 +218,10 @@ def _taught_by_pool(
         memory=None if resources.memory_gb is None else resources.memory_gb * 2**30,
         runtime_env={"env_vars": dict(environment)},
     )
-    yield from dataset.iter_rows()
+    try:
+        yield from dataset.iter_rows()
+    except ActorDiedError as error:
+        raise TeachError(died(error)) from error
 
 
 def _key(name: str, endpoint: EndpointConfig) -> "ray.ObjectRef | None":
@@ -230,36 +238,42 @@ def _key(name: str, endpoint: EndpointConfig) -> "ray.ObjectRef | None":
 
 
 class Watch:
-    """The figures of a stage at work: counts over all shards, rates and ETA over those of this run."""
+    """The figures of a stage at work: counts over all shards; rates, ETA and actors over the last WINDOW_SECONDS of this run, or over the last commits of all
+    actors where those take longer, so that they follow a pool that grows, shrinks and is replaced."""
 
     def __init__(self, *, total: int, done: Sequence[Unit]) -> None:
         self._total, self._done = total, len(done)
         self._sums = {name: sum(_count(unit, name) for unit in done) for name in WATCHED}
-        self._begun: tuple[float, dict[str, int], int] | None = None
-        self._actors: set[str] = set()
+        self._recent: deque[tuple[float, str, int, int]] = deque()  # when, actor, rows and tokens of a commit
+        self._seen: dict[str, float] = {}  # when each actor committed last
+        self._longest = 0.0  # seconds between two commits of one actor
 
     def add(self, unit: Unit, actor: str, now: float) -> dict[str, object]:
         """What to report once `actor` has committed `unit`; `now` in seconds. Rates count from the first shard: before it, engines start."""
         self._done += 1
-        self._actors.add(actor)
         for name in WATCHED:
             self._sums[name] += _count(unit, name)
-        missing = self._sums["rejected"] + self._sums["quarantined"]
+        self._longest = max(self._longest, now - self._seen.get(actor, now))
+        self._seen[actor] = now
+        self._recent.append((now, actor, _count(unit, "rows"), _count(unit, "tokens")))
+        window = max(WINDOW_SECONDS, 2 * self._longest)
+        while self._recent[0][0] < now - window:
+            self._recent.popleft()
+        actors = len({actor for _, actor, _, _ in self._recent})
+        missing = sum(self._sums[name] for name in MISSING)
         figures: dict[str, object] = {"done": self._done, "total": self._total, "unit": "shards"}
-        figures |= {"queued": self._total - self._done, "actors": len(self._actors), "errors": missing, **self._sums}
+        figures |= {"queued": self._total - self._done, "actors": actors, "errors": missing, **self._sums}
         words = [f"{missing} rows missing"] if missing else []
-        if self._begun is None:
-            self._begun = now, dict(self._sums), self._done
-        else:
-            started, before, shards = self._begun
-            seconds = max(now - started, 1e-9)
-            rates = {name: (self._sums[name] - before[name]) / seconds for name in ("rows", "tokens")}
-            left = (self._total - self._done) * seconds / (self._done - shards)
-            each = rates["tokens"] / len(self._actors)
-            figures |= {"rows_per_second": rates["rows"], "tokens_per_second": rates["tokens"]}
-            figures |= {"tokens_per_second_of_an_actor": each, "eta_seconds": left}
-            if len(self._actors) > 1:
-                words.append(f"{len(self._actors)} actors of {each:,.0f} tok/s")
+        if len(self._recent) > 1:
+            _, *since = self._recent  # what the first took is not known
+            seconds = max(now - self._recent[0][0], 1e-9)
+            rows = sum(commit[2] for commit in since) / seconds
+            tokens = sum(commit[3] for commit in since) / seconds
+            left = (self._total - self._done) * seconds / len(since)
+            figures |= {"rows_per_second": rows, "tokens_per_second": tokens}
+            figures |= {"tokens_per_second_of_an_actor": tokens / actors, "eta_seconds": left}
+            if actors > 1:
+                words.append(f"{actors} actors of {tokens / actors:,.0f} tok/s")
             if self._done < self._total:
                 words.append(f"ETA {timedelta(seconds=round(left))}")
         return figures | ({"message": ", ".join(words)} if words else {})
@@ -274,7 +288,7 @@ class _Tally:
         self._first: list[str] = []
 
     def add(self, unit: Unit) -> None:
-        self._counted += _count(unit, "rejected") + _count(unit, "quarantined")
+        self._counted += sum(_count(unit, name) for name in MISSING)
         self._first += [f"row {row.id}: {row.reason}" for row in _missing(unit)[: MISSING_SHOWN - len(self._first)]]
         if self._counted > self._allowed * self._total:
             raise ValueError(

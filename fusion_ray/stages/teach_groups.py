@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -92,13 +92,11 @@ def taught_by_groups(
                         row = ray.get(reference)
                     except (ActorDiedError, ActorUnavailableError) as error:
                         deaths += 1
-                        logger.warning("teach: a group of %d nodes died on %s: %s", resources.nodes, group.shard, error)
+                        logger.warning("teach: a group of %d nodes died on %s", resources.nodes, group.shard)
                         waiting.appendleft(str(group.shard))
                         end(group)
                         if deaths > MAX_DEATHS:
-                            raise TeachError(
-                                f"{deaths} groups of nodes died one after the other; the last: {error}"
-                            ) from error
+                            raise TeachError(f"{deaths} groups of nodes died in a row: {died(error)}") from error
                         begin()
                         continue
                     deaths, since = 0, time.monotonic()
@@ -116,6 +114,14 @@ def taught_by_groups(
     finally:
         for group in standing:
             group.remove()
+
+
+def died(error: RayActorError) -> str:
+    """Why an actor died, in one line: what its start raised, or what Ray says of its process. Ray's own text is a page of remote traceback."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if error.actor_init_failed:
+        return f"a teacher does not start: {said[-1]} (its log has the rest; see teach.engine, resources.teach and the model's folder)"
+    return f"a teacher's process died: {said[-1]}"
 
 
 def _bundles(resources: TeachResources) -> list[dict[str, float]]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import vllm
 from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.exceptions import VLLMClientError
 from vllm.platforms import current_platform
 
 from fusion_ray.config import EngineArgs
@@ -94,7 +95,15 @@ class Engine:
         else:
             arguments["kv_cache_memory_bytes"] = sizes.cache_bytes
         keep_arrays()
-        self._llm = LLM(**(arguments | dict(engine or {})))
+        try:
+            self._llm = LLM(**(arguments | dict(engine or {})))
+        except (
+            TypeError,
+            VLLMClientError,
+        ) as error:  # an argument that this vLLM does not know, or a value that it does not take
+            raise ValueError(
+                f"vLLM refuses the engine arguments of {self.name} ({', '.join(engine or {}) or 'none are given'}): {error}"
+            ) from error
         logger.info("%s: engine ready in %.1f s", self.name, time.monotonic() - started)
 
     def locate(self, messages: Sequence[Message]) -> Located:
@@ -115,7 +124,10 @@ class Engine:
             batch = order[first : first + self._prompts_a_call]
             starting(batch)
             requests = [TokensPrompt(prompt_token_ids=list(prompts[number])) for number in batch]
-            answers = self._llm.generate(requests, self._greedy_logprobs, use_tqdm=False)
+            try:
+                answers = self._llm.generate(requests, self._greedy_logprobs, use_tqdm=False)
+            except VLLMClientError as error:  # what is asked of it, whatever engine is asked
+                raise ValueError(f"the engine of {self.name} refuses what it is asked: {error}") from error
             for number, answer in zip(batch, answers, strict=True):
                 flat = answer.prompt_logprobs
                 found[number] = from_flat(

@@ -93,7 +93,7 @@ def gpu_share(logits_bytes: int, gpu_bytes: int) -> float:
     return max(0.5, min(GPU_SHARE, 1 - GPU_RESERVED - logits_bytes / gpu_bytes))
 
 
-def merged(result: Mapping[str, object], speed: Mapping[str, object]) -> EngineArgs:
+def merged(result: EngineArgs, speed: EngineArgs) -> EngineArgs:
     """Engine arguments of the recipe (`teach.engine`) and of the machine (`resources.teach.engine`). Raises ValueError where both set one."""
     twice = sorted(set(result) & set(speed))
     if twice:
@@ -101,7 +101,7 @@ def merged(result: Mapping[str, object], speed: Mapping[str, object]) -> EngineA
             f"teach.engine.{twice[0]} and resources.teach.engine.{twice[0]} are both set: keep the first where it changes results, "
             "the second where it changes speed or memory alone"
         )
-    return {**result, **speed}  # type: ignore[dict-item]
+    return {**result, **speed}
 
 
 def parallel(gpus: float, given: Mapping[str, object], *, nodes: int = 1, key: str = "resources.teach") -> EngineArgs:

@@ -153,9 +153,10 @@ class Teacher:
                 continue
             try:
                 whole = self._engine.locate(conversation.messages)
-            except UnlocatedError as error:
+            except Exception as error:  # the row's, never the engine's: it has not seen the row
+                why = str(error) if isinstance(error, UnlocatedError) else f"{type(error).__name__}: {error}"
                 counts.rejected += 1
-                rejected.append(_missing(conversation, number, str(error)))
+                rejected.append(_missing(conversation, number, why))
                 continue
             kept = whole.cut_after_turn(self._engine.max_prompt)
             if len(kept.position) == 0:

@@ -16,7 +16,9 @@ from fusion_ray.config import ModelConfig, TeachConfig, TeachResources
 from fusion_ray.corpus.ingest import ingest
 from fusion_ray.corpus.shards import REJECTED, decode_conversations, decode_rejected
 from fusion_ray.logprobs.codec import decode, from_table
+from fusion_ray.stages import teach as stage
 from fusion_ray.store import Artifact, Manifest, Store
+from fusion_ray.workers.attempts import TeachError
 from tests.teaching import make_corpus
 from tests.tiny import SENTENCES, make_tiny_model
 
@@ -231,3 +233,33 @@ def test_a_model_without_chat_template_is_named(cluster: None, tmp_path: Path) -
     out = Store(str(tmp_path / "store")).artifact("teach", 1, {}, {})
     with pytest.raises(ValueError, match="the tokenizer of bare has no chat template"):
         run(out, corpus, model)
+
+
+def test_an_argument_that_the_engine_does_not_know_is_told_once(
+    cluster: None, models: dict[str, ModelConfig], tmp_path: Path
+) -> None:
+    out = Store(str(tmp_path / "store")).artifact("teach", 1, {}, {})
+    config = TeachConfig(top_k=5, max_length=256, engine={"bogus": 1})
+    with pytest.raises(ValueError, match=r"vLLM refuses the engine arguments of one \(bogus\): .*'bogus'"):
+        run(out, make_corpus(tmp_path, rows=4), models["one"], config=config)
+
+
+class Unable:
+    """A teacher whose start fails."""
+
+    def __init__(self, *unused: object, **settings: object) -> None:
+        raise RuntimeError("no memory is left on the card")
+
+    def __call__(self, batch: object) -> object:
+        raise AssertionError("it never started")
+
+
+def test_an_engine_that_does_not_start_is_told_in_one_line(
+    cluster: None, models: dict[str, ModelConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "TeachShards", Unable)
+    out = Store(str(tmp_path / "store")).artifact("teach", 1, {}, {})
+    with pytest.raises(
+        TeachError, match=r"^a teacher does not start: RuntimeError: no memory is left on the card \(its log"
+    ):
+        run(out, make_corpus(tmp_path, rows=4), models["one"])

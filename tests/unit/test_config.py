@@ -25,6 +25,13 @@ def test_minimal_config_takes_the_papers_defaults() -> None:
     assert config.merge.methods[0].method == "varm"
 
 
+def test_engine_arguments_of_any_depth_are_passed_on() -> None:
+    engine = {"hf_overrides": {"rope_parameters": {"factor": 4.0, "kinds": ["yarn", {"of": None}]}}}
+    config = parse_config(MINIMAL | {"teach": {"engine": engine}})
+    assert config.teach.engine == engine
+    assert config.teach.model_dump(mode="json")["engine"] == engine
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -43,6 +50,14 @@ def test_minimal_config_takes_the_papers_defaults() -> None:
         ({"merge": {"methods": [{"method": "ties", "weight": "x"}]}}, ["`merge.methods.0.weight`: ", "given: 'x'"]),
         ({"merge": {"methods": [{"method": "ties", "lamda": 1}]}}, ["did you mean 'lambda'"]),
         ({"distill": {"lm_weight": 1.5}}, ["`distill.lm_weight`", "less than or equal to 1", "given: 1.5"]),
+        (
+            {"resources": {"teach": {"engine": {"quantization": "fp8"}}}},
+            ["resources.teach.engine.quantization changes what a teacher says", "move it to teach.engine.quantization"],
+        ),
+        (
+            {"teach": {"engine": {"logprobs_mode": "raw_logits"}}},
+            ["teach.engine.logprobs_mode cannot be set: rows hold the logprobs of the model as it is"],
+        ),
         ({"distill": {"lora": {"rank": 0}}}, ["`distill.lora.rank`", "greater than or equal to 1", "given: 0"]),
         ({"distill": {"lora": {"dropout": 1}}}, ["`distill.lora.dropout`", "less than 1"]),
         ({"distill": {"lora": {"alpha": 0}}}, ["`distill.lora.alpha`", "greater than 0"]),

@@ -103,11 +103,15 @@ def test_a_json_array_with_bad_elements(tmp_path: Path) -> None:
 def test_a_json_array_that_cannot_be_read_on(tmp_path: Path, part: bytes, words: str) -> None:
     path = tmp_path / "data.json"
     path.write_bytes(b"[" + json.dumps(good(0)).encode() + b"," + part + b"]")
-    first, last = everything(path)
-    assert isinstance(first, Conversation)
-    assert isinstance(last, Rejected)
-    assert words in last.reason
-    assert "rest of the file was not read" in last.reason
+    with pytest.raises(ValueError, match=rf"corpus.path '.*data.json' cannot be read past row 1 \(.*{words}"):
+        everything(path)
+
+
+def test_what_stands_behind_a_json_array_is_not_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([good(0)]) + "\n" + json.dumps([good(1)]))
+    with pytest.raises(ValueError, match=r"cannot be read past row 1 .*after the end of the array"):
+        everything(path)
 
 
 def test_a_broken_json_array_is_not_held_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,9 +119,8 @@ def test_a_broken_json_array_is_not_held_in_memory(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(readers, "CHUNK", 1 << 10)
     asked: list[int] = []
     file = _Text("[" + json.dumps(good(0)) + ', {"messages": "' + "x" * (1 << 20), asked)
-    first, last = list(readers._json_values(file))  # type: ignore[arg-type]
-    assert first[0] == 1
-    assert "not JSON, or larger than" in str(last[1])
+    with pytest.raises(ValueError, match="not JSON, or larger than"):
+        list(readers._json_values(file))  # type: ignore[arg-type]
     assert sum(asked) < 1 << 18
 
 

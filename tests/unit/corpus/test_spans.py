@@ -197,6 +197,21 @@ def test_refusals_and_changes_name_the_reason() -> None:
         Locator(make_tokenizer(template=None), name="bare")
 
 
+def test_a_conversation_of_thousands_of_messages() -> None:
+    messages = (
+        Message("user", "Go on."),
+        Message("assistant", " Yes. "),
+    ) * 1500  # Python's stack ends at a thousand calls
+    row = locator("bytelevel", FAMILIES["llama3"]).locate(messages)
+    assert covered(row, messages) == {number: b"Yes." for number in range(1, 3000, 2)}
+
+
+def test_a_template_that_breaks_down_is_a_reason() -> None:
+    place = locator("bytelevel", "{{ messages[0].content + 1 }}")
+    with pytest.raises(UnlocatedError, match="the chat template of mine fails on the conversation: TypeError"):
+        place.locate(CHAT)
+
+
 def test_another_models_template() -> None:
     """corpus.template: pivot. The pivot's control tokens become ordinary text for the other tokenizer."""
     pivot = make_tokenizer("bytelevel", template=FAMILIES["llama3"].replace("<|im_end|>", "<|eot|>"))

@@ -7,7 +7,7 @@ import pytest
 
 from fusion_ray.config import ModelConfig, TeachConfig, TeachResources
 from fusion_ray.progress import describe
-from fusion_ray.stages.teach import COUNTS, Watch, teach
+from fusion_ray.stages.teach import COUNTS, Watch, _Tally, teach
 from fusion_ray.stages.vllm_environment import vllm_environment, vllm_version
 from fusion_ray.store import Json, Store, Unit
 
@@ -30,6 +30,25 @@ def test_rates_and_eta_are_of_this_run_alone() -> None:
     assert third["eta_seconds"] == 3 * 2
     assert (third["actors"], third["quarantined"], third["errors"], third["queued"]) == (2, 2, 2, 3)
     assert describe(third) == ("5/8 shards, 500 tok/s, 5 rows/s, 2 rows missing, 2 actors of 250 tok/s, ETA 0:00:06")
+
+
+def test_figures_follow_a_pool_whose_actors_are_replaced() -> None:
+    """One actor at a time, each replaced after ten shards; later the shards take ten times as long."""
+    watch, now = Watch(total=200, done=[]), 0.0
+    for number in range(150):
+        now += 5 if number < 100 else 50
+        last = watch.add(unit(number), f"actor-{number // 10}", now)
+        assert int(str(last["actors"])) <= 8
+    assert (last["tokens_per_second"], last["eta_seconds"]) == (1000 / 50, 50 * 50)
+    assert int(str(last["actors"])) <= 2
+
+
+def test_rows_that_are_not_reached_are_missing(tmp_path: Path) -> None:
+    tally = _Tally(ModelConfig(name="m", path="m"), 100, 0.05)
+    info = dict.fromkeys(COUNTS, 0) | {"unreached": 5, "missing": []}
+    tally.add(Unit("shard-0", 10, 1, "", info))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="10 of 100 rows cannot be taught by the model m"):
+        tally.add(Unit("shard-1", 10, 1, "", info))  # type: ignore[arg-type]
 
 
 def test_the_figures_are_ray_metrics(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
