@@ -69,7 +69,7 @@ def find_artifact(path: str) -> Found:
         )
     artifact = Artifact(folder.url, stage, key)
     names = [name[len(UNITS) + 1 : -len(".json")] for name in folder.names(UNITS)]
-    return Found(artifact, tuple(unit for name in names if (unit := artifact.unit(name)) is not None), {})
+    return Found(artifact, tuple(artifact.units(names).values()), {})
 
 
 def _sealed(folder: Folder) -> Found:

@@ -15,7 +15,8 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -29,6 +30,7 @@ Result = TypeVar("Result")
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 MANIFEST = "manifest.json"
 UNITS = "_units"
+REQUESTS = 32  # at a time to an object store
 WAITS = (
     1.0,
     4.0,
@@ -132,35 +134,35 @@ class Folder:
         return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
 
     def exists(self, name: str) -> bool:
-        return bool(self.fs.exists(self.path(name)))
+        return self._size(name) is not None
 
     def read_bytes(self, name: str) -> bytes:
         """The content of `name`. Raises StoreError when it cannot be read."""
-        try:
+        with self._errors("read", name):
             return self._again(f"reading {name}", lambda: bytes(self.fs.cat_file(self.path(name))))
-        except OSError as error:
-            raise StoreError(f"cannot read {self.url}/{name}: {error.strerror or error}") from error
 
     def read_json(self, name: str) -> dict[str, Json]:
         return dict(json.loads(self.read_bytes(name)))
 
-    def write_bytes(self, name: str, data: bytes) -> None:
-        """Write `name` whole or not at all. Raises StoreError on a full, read-only or unreachable storage."""
+    def write_bytes(self, name: str, data: bytes, *, flushed: bool = True) -> None:
+        """Write `name` whole or not at all. What is not flushed outlives this process, not a power cut. Raises StoreError on a full, read-only or
+        unreachable storage."""
 
         def write() -> None:
             if not self.is_local:
                 self.fs.pipe_file(self.path(name), data)
                 return
-            with _replacing(self.path(name)) as temporary, open(temporary, "wb") as file:
+            with _replacing(self.path(name), flushed=flushed) as temporary, open(temporary, "wb") as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+                if flushed:
+                    file.flush()
+                    os.fsync(file.fileno())
 
-        with _storage_errors(f"{self.url}/{name}"):
+        with self._errors("write", name):
             self._again(f"writing {name}", write)
 
-    def write_json(self, name: str, value: Mapping[str, object]) -> None:
-        self.write_bytes(name, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+    def write_json(self, name: str, value: Mapping[str, object], *, flushed: bool = True) -> None:
+        self.write_bytes(name, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode(), flushed=flushed)
 
     def put_file(self, name: str, local: str | Path) -> None:
         """Copy the local file to `name`, whole or not at all. Raises StoreError as write_bytes."""
@@ -174,39 +176,89 @@ class Folder:
                 with open(temporary, "rb+") as file:
                     os.fsync(file.fileno())
 
-        with _storage_errors(f"{self.url}/{name}"):
+        with self._errors("write", name):
             self._again(f"writing {name}", put)
 
-    def _again(self, what: str, call: Callable[[], Result]) -> Result:
-        """The call's result, tried again after WAITS where the storage fails in a way that may pass. Raises its last OSError."""
-        for wait in WAITS:
-            try:
-                return call()
-            except (FileNotFoundError, PermissionError):
-                raise
-            except OSError as error:
-                # Object stores' own errors often have no number.
-                if error.errno not in _MAY_PASS and (self.is_local or error.errno is not None):
-                    raise
-                logger.warning("%s: %s failed (%s), tried again in %g s", self.url, what, error.strerror or error, wait)
-            time.sleep(wait)
-        return call()
+    def get_file(self, name: str, local: str | Path) -> None:
+        """Copy `name` to the local path. Raises StoreError when it cannot be read."""
+        with self._errors("read", name):
+            self._again(f"reading {name}", lambda: self.fs.get_file(self.path(name), str(local)))
 
     def names(self, folder: str = "") -> list[str]:
         """The files below `folder`, as names relative to this folder, sorted; empty where nothing exists."""
         root = self.path(folder)
-        if not self.fs.exists(root):
-            return []
         base = len(self.path()) + 1
-        return sorted(str(found)[base:] for found in self.fs.find(root))
+
+        def find() -> list[str]:
+            return sorted(str(found)[base:] for found in self.fs.find(root)) if self.fs.exists(root) else []
+
+        with self._errors("list", folder):
+            return self._again(f"listing {folder or 'it'}", find)
 
     def remove(self, name: str = "") -> None:
         """Remove a file or, with everything below it, a folder; nothing happens where there is none."""
         path = self.path(name)
-        if self.fs.isfile(path):  # a recursive rm of a file finds nothing on some file systems (memory)
-            self.fs.rm_file(path)
-        elif self.fs.exists(path):
-            self.fs.rm(path, recursive=True)
+
+        def remove() -> None:
+            if self.fs.isfile(path):  # a recursive rm of a file finds nothing on some file systems (memory)
+                self.fs.rm_file(path)
+            elif self.fs.exists(path):
+                self.fs.rm(path, recursive=True)
+
+        with self._errors("remove", name):
+            self._again(f"removing {name or 'it'}", remove)
+
+    def _size(self, name: str) -> int | None:
+        """The bytes of a file, None where there is none; 0 for a folder."""
+
+        def ask() -> int | None:
+            try:
+                return int(self.fs.info(self.path(name))["size"] or 0)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+        with self._errors("look for", name):
+            return self._again(f"looking for {name}", ask)
+
+    def _again(self, what: str, call: Callable[[], Result]) -> Result:
+        """The call's result, tried again after WAITS where the storage fails in a way that may pass. Raises its last error, as an OSError."""
+        for wait in (*WAITS, None):
+            try:
+                return call()
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):
+                raise
+            except OSError as error:
+                # Object stores' own errors often have no number.
+                passes = error.errno in _MAY_PASS or (not self.is_local and error.errno is None)
+                if wait is None or not passes:
+                    raise
+                why: object = error.strerror or error
+            except Exception as error:  # of an object store's client, some of which raise errors of their own kinds
+                if self.is_local or isinstance(
+                    error, ValueError | TypeError | LookupError | AttributeError | AssertionError
+                ):
+                    raise
+                why = f"{type(error).__name__}: {error}"
+                if wait is None:
+                    raise OSError(why) from error
+            logger.warning("%s: %s failed (%s), tried again in %g s", self.url, what, why, wait)
+            time.sleep(wait)
+        raise AssertionError("the last try returns or raises")
+
+    @contextlib.contextmanager
+    def _errors(self, verb: str, name: str) -> Iterator[None]:
+        """The storage's errors as StoreError, which names the path and, for what is written, what to do."""
+        try:
+            yield
+        except StoreError:
+            raise
+        except OSError as error:
+            place = f"{self.url}/{name}" if name else self.url
+            cure = ""
+            if verb in ("write", "remove"):
+                cure = ". What was committed before is kept: free space or fix permissions (or write elsewhere: a run writes to run.storage) and run again"
+            why = error.strerror or str(error) or type(error).__name__
+            raise StoreError(f"cannot {verb} {place}: {why}{cure}") from error
 
 
 class Artifact(Folder):
@@ -244,10 +296,13 @@ class Artifact(Folder):
         if not self.exists(record):
             return None
         unit = Unit(**self.read_json(record))  # type: ignore[arg-type]
-        path = self.path(name)
-        if not self.fs.exists(path) or self.fs.size(path) != unit.bytes:
-            return None
-        return unit
+        return unit if self._size(name) == unit.bytes else None
+
+    def units(self, names: Sequence[str]) -> dict[str, Unit]:
+        """The records of those of `names` that are committed, by name, in that order; an object store, which takes its time, is asked for many at a time."""
+        with ThreadPoolExecutor(1 if self.is_local else REQUESTS) as pool:
+            found = zip(names, pool.map(self.unit, names), strict=True)
+            return {name: unit for name, unit in found if unit is not None}
 
     def commit_bytes(self, name: str, data: bytes, *, rows: int = 0, info: Mapping[str, Json] | None = None) -> Unit:
         """Write one unit from memory. Raises StoreError as write_bytes."""
@@ -270,7 +325,7 @@ class Artifact(Folder):
     ) -> Unit:
         """As `commit_file` of a finished file whose hash is known, which is moved where it lies on the same file system. Raises StoreError as write_bytes."""
         unit = Unit(name, rows, os.path.getsize(local), sha256, dict(info or {}))
-        with _storage_errors(f"{self.url}/{name}"):
+        with self._errors("write", name):
             if self.is_local and os.stat(local).st_dev == os.stat(self.path()).st_dev:
                 os.replace(local, self.path(name))
                 _sync_folder(os.path.dirname(self.path(name)))
@@ -325,7 +380,7 @@ class Artifact(Folder):
             if local.exists() and local.stat().st_size == unit.bytes:
                 continue
             with _replacing(str(local)) as temporary:
-                self.fs.get_file(self.path(unit.name), temporary)
+                self.get_file(unit.name, temporary)
         return str(target)
 
 
@@ -335,7 +390,7 @@ def file_sha256(path: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def _replacing(path: str) -> Iterator[str]:
+def _replacing(path: str, *, flushed: bool = True) -> Iterator[str]:
     """A temporary name beside `path` that takes its place on success and is removed on failure."""
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
@@ -347,7 +402,8 @@ def _replacing(path: str) -> Iterator[str]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    _sync_folder(folder)
+    if flushed:
+        _sync_folder(folder)
 
 
 def _sync_folder(folder: str) -> None:
@@ -356,16 +412,3 @@ def _sync_folder(folder: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _storage_errors(what: str) -> Iterator[None]:
-    try:
-        yield
-    except StoreError:
-        raise
-    except OSError as error:
-        raise StoreError(
-            f"cannot write {what}: {error.strerror or error}. What was committed before is kept: free space or fix permissions "
-            "(or write elsewhere: a run writes to run.storage) and run again"
-        ) from error

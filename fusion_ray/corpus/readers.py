@@ -18,6 +18,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fusion_ray.config import is_url
 from fusion_ray.corpus.rows import RowError, parse_row
 from fusion_ray.corpus.seen import Seen, id_digest
 from fusion_ray.records import Conversation
@@ -138,8 +139,13 @@ def _rows(path: str, key: str) -> Iterator[tuple[int, object]]:
     except (IsADirectoryError, PermissionError) as error:
         raise ValueError(f"{key} {path!r} cannot be read: {error.strerror or error}") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the disk or the network, not the file's content
-            raise
+        why = str(error) or type(error).__name__
+        if isinstance(error, OSError) and (
+            error.errno is not None or is_url(path)
+        ):  # the disk or the network, not the file's content
+            raise OSError(
+                f"{key} {path!r} cannot be read to its end ({why}): run again once its storage answers"
+            ) from error
         raise ValueError(f"{key} {path!r} is damaged or was copied in part ({error}): fetch it again") from error
 
 

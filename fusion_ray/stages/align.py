@@ -63,13 +63,14 @@ def align(
     check_supported(config)
     started = time.monotonic()
     names = _shards(pivot_rows, source_rows)
-    units = {name: unit for name in names if (unit := out.unit(name)) is not None}
+    units = out.units(names)
     todo = [name for name in names if name not in units]
     logger.info("align %s: %d of %d shards to do", source.name, len(todo), len(names))
     models = (pivot, source, config)
     inputs = (out, pivot_rows, source_rows, *models)
     if needs_counts(config) and out.unit(COUNTS_UNIT) is None:
-        uncounted = [name for name in names if out.unit(part_name(name)) is None]
+        counted = out.units([part_name(name) for name in names])
+        uncounted = [name for name in names if part_name(name) not in counted]
         for name in _spread(_count_shards, inputs, uncounted, resources, source.name):
             uncounted.remove(name)
             done = len(names) - len(uncounted)

@@ -29,7 +29,8 @@ def combine_all(
     if out.sealed:
         return out.manifest()
     names = _shards(sources)
-    todo = [name for name in names if out.unit(name) is None]
+    committed = out.units(names)
+    todo = [name for name in names if name not in committed]
     done = len(names) - len(todo)
     task = ray.remote(_combine_shards).options(
         name="align:all", num_cpus=resources.cpus, max_retries=TASK_RETRIES, num_returns="streaming"
@@ -52,7 +53,7 @@ def combine_all(
     finally:
         for stream in streams:
             ray.cancel(stream)
-    units = [unit for name in names if (unit := out.unit(name)) is not None]
+    units = list(out.units(names).values())
     won = {source: sum(_won(unit, source) for unit in units) for source in sources}
     rows = sum(unit.rows for unit in units)
     logger.info("align all: %d rows of %d sources; won: %s", rows, len(sources), won)

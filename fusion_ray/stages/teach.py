@@ -66,7 +66,7 @@ def teach(
     if out.sealed:
         return out.manifest()
     shards = [unit for unit in corpus.manifest().units if unit.name != REJECTED]
-    units = {unit.name: done for unit in shards if (done := out.unit(unit.name)) is not None}
+    units = out.units([unit.name for unit in shards])
     todo = [unit.name for unit in shards if unit.name not in units]
     logger.info("teach %s: %d of %d shards to do", model.name, len(todo), len(shards))
     tally = _Tally(model, sum(unit.rows for unit in shards), max_rejected)

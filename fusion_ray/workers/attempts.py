@@ -4,7 +4,6 @@ Before the engine reads a batch its ids are written down; a marker that is still
 its batch are then read one at a time, and a row on which two engines died while it was alone is quarantined. Called by teach_shard.py.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -39,7 +38,7 @@ class Attempts:
     def __init__(self, out: Artifact, shard: str) -> None:
         self._out = out
         self._name = f"{FOLDER}/{shard}.json"
-        self._state = _State(**json.loads(out.read_bytes(self._name))) if out.exists(self._name) else _State()
+        self._state = _State(**out.read_json(self._name)) if out.exists(self._name) else _State()  # type: ignore[arg-type]
         state = self._state
         if len(state.running) == 1:
             name = state.running[0]
@@ -77,14 +76,5 @@ class Attempts:
         self._out.remove(self._name)
 
     def _write(self) -> None:
-        """Whole or not at all, but not flushed: a marker has to outlive a process, not a power cut."""
-        data = json.dumps(asdict(self._state)).encode()
-        path = self._out.path(self._name)
-        if not self._out.is_local:
-            self._out.fs.pipe_file(path, data)
-            return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        temporary = f"{path}.tmp-{os.getpid()}"
-        with open(temporary, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
+        """Not flushed: a marker has to outlive a process, not a power cut."""
+        self._out.write_json(self._name, asdict(self._state), flushed=False)

@@ -149,7 +149,7 @@ class Checkpoints:
         path = self.near / name
         if not self.folder.is_local and self.folder.exists(name):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.fs.get_file(self.folder.path(name), str(path))
+            self.folder.get_file(name, path)
         return path.is_file() and path.stat().st_size == facts["bytes"] and file_sha256(path) == facts["sha256"]
 
     def _enter(self, engine: DeepSpeedEngine, name: str, complete: Mapping[str, object]) -> Progress:

@@ -119,7 +119,7 @@ def test_storage_that_is_a_file_is_explained(tmp_path: Path) -> None:
 class Flaky:
     """An operation of the storage that fails so many times."""
 
-    def __init__(self, real: Any, error: OSError, times: int) -> None:
+    def __init__(self, real: Any, error: Exception, times: int) -> None:
         self.real, self.error, self.left, self.calls = real, error, times, 0
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
@@ -179,3 +179,35 @@ def test_what_does_not_pass_is_not_waited_for(
     with pytest.raises(StoreError):
         Folder(str(tmp_path)).write_bytes("name", b"content")
     assert waited == []
+
+
+class HttpError(Exception):
+    """As of an object store's client whose errors are no OSError."""
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "SlowDown"), OSError("503"), HttpError("502"), TimeoutError()])
+@pytest.mark.parametrize("operation", ["info", "cat_file", "pipe_file", "find", "rm_file"])
+def test_every_request_to_an_object_store_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, waited: list[float], operation: str, error: Exception
+) -> None:
+    artifact = make(Store(f"memory://{uuid.uuid4().hex}"))
+    done = artifact.commit_bytes("shard-0", b"rows", rows=1)
+    monkeypatch.setattr(artifact.fs, operation, Flaky(getattr(artifact.fs, operation), error, 2))
+    assert artifact.units(["shard-0", "shard-1"]) == {"shard-0": done}
+    assert artifact.names() == ["_units/shard-0.json", "shard-0"]
+    artifact.commit_bytes("shard-1", b"rows", rows=1)
+    artifact.remove("shard-1")
+    assert not artifact.exists("shard-1")
+    assert waited == [1.0, 4.0]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "SlowDown"), HttpError("SlowDown")])
+def test_a_storage_that_does_not_answer_is_not_one_without_the_file(
+    monkeypatch: pytest.MonkeyPatch, waited: list[float], error: Exception
+) -> None:
+    artifact = make(Store(f"memory://{uuid.uuid4().hex}"))
+    artifact.commit_bytes("shard-0", b"rows")
+    monkeypatch.setattr(artifact.fs, "info", Flaky(artifact.fs.info, error, 99))
+    with pytest.raises(StoreError, match=r"cannot look for memory://.*_units/shard-0.json: .*SlowDown"):
+        artifact.unit("shard-0")
+    assert waited == list(storage.WAITS)
