@@ -16,7 +16,7 @@ from rich.table import Table
 
 from fusion_ray.config import ConfigError, FusionConfig, LoraConfig, ModelConfig, is_url
 from fusion_ray.graph import SFT, Graph, Node, build_graph
-from fusion_ray.workers.engine_sizes import Sizes, engine_sizes, merged, parallel, shape_of
+from fusion_ray.workers.engine_sizes import Sizes, engine_sizes, merged, parallel, rows_bytes, shape_of
 
 BYTES_PER_TOKEN = 4.0  # English text under a vocabulary of 30k to 150k
 ASSISTANT_SHARE = 0.6  # of a chat corpus's bytes
@@ -121,7 +121,10 @@ def estimate(config: FusionConfig, graph: Graph, node: Node, sizes: dict[str, Mo
         if config.models[node.branch].endpoint is not None:
             return Estimate(row_bytes, 0.0)
         needs = engine_of(config, config.models[node.branch])
-        held = 0 if needs is None else needs.logits_bytes + (needs.cache_bytes or 0)
+        held = 0
+        if needs is not None:
+            rows = rows_bytes(needs, rows=config.corpus.rows_per_shard, top_k=k)
+            held = needs.logits_bytes + (needs.cache_bytes or 0) + rows
         return Estimate(row_bytes, 2 * size.parameters * tokens / speed, size.bytes + held)
     if pivot is None:
         return Estimate()
@@ -164,10 +167,11 @@ def _teacher(config: FusionConfig, model: ModelConfig, sizes: dict[str, ModelSiz
     needs, size = engine_of(config, model), sizes[model.name]
     if needs is None or size is None:
         return f"teach:{model.name} is not known before its config.json is here"
+    rows = rows_bytes(needs, rows=config.corpus.rows_per_shard, top_k=config.teach.top_k)
     cache = "the rest of the GPU" if needs.cache_bytes is None else _size(needs.cache_bytes)
     return (
         f"teach:{model.name} max_num_batched_tokens {needs.max_num_batched_tokens}: {_size(needs.logits_bytes)} of logits a step, "
-        f"weights {_size(size.bytes)}, key-value cache {cache}"
+        f"weights {_size(size.bytes)}, key-value cache {cache}, rows at K = {config.teach.top_k} up to {_size(rows)}"
     )
 
 

@@ -15,6 +15,7 @@ TOKENS_A_STEP = 8192
 LEAST_TOKENS_A_STEP = 128
 # vLLM holds flat logprobs as Python floats until a call returns: about 100 bytes each (stack notes, 2.3).
 LOGPROB_BYTES = 100
+ROW_BYTES = 8  # of a token and its logprob
 HOST_BYTES = 1 << 30
 PROMPTS_A_CALL = 64
 CPU_CACHE_BYTES = 1 << 28
@@ -86,6 +87,12 @@ def engine_sizes(
         max(1, min(PROMPTS_A_CALL, prompts)),
         _whole(given.get("kv_cache_memory_bytes")) or (None if on_gpu else cache),
     )
+
+
+def rows_bytes(sizes: Sizes, *, rows: int, top_k: int) -> int:
+    """The most that an actor holds on its host of a shard of so many rows: the engine's answers of one call, and the arrays and the table of all rows."""
+    one_row = sizes.max_model_len * (top_k + 1)
+    return sizes.prompts_a_call * one_row * LOGPROB_BYTES + 2 * rows * one_row * ROW_BYTES
 
 
 def gpu_share(logits_bytes: int, gpu_bytes: int) -> float:

@@ -50,8 +50,8 @@ def test_each_teacher_s_step_weights_and_cache_are_shown(tmp_path: Path) -> None
     assert problems == []
     for name in ("pivot", "a"):
         assert (
-            f"teach:{name} max_num_batched_tokens 4194: 1.1 GB of logits a step, weights 200 B, key-value cache 268.4 MB"
-            in caption
+            f"teach:{name} max_num_batched_tokens 4194: 1.1 GB of logits a step, weights 200 B, key-value cache 268.4 MB, "
+            "rows at K = 10 up to 236.6 MB" in caption
         )
     gpu, _ = said(config_of(tmp_path, resources={"teach": {"gpus": 1, "engine": {"max_num_batched_tokens": 100}}}))
     assert "max_num_batched_tokens 100: 25.6 MB of logits" in gpu
