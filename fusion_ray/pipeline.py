@@ -135,6 +135,7 @@ def all_steps(config: FusionConfig, graph: Graph) -> Iterator[Step]:
                 sources=[source for source in config.sources if name in (source.name, ALL)],
                 config=settings,
                 seed=seed,
+                max_rejected=config.corpus.max_rejected,
                 resources=resources.distill,
             ),
         )

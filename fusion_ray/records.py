@@ -103,11 +103,12 @@ def teacher_schema(top_k: int) -> "pa.Schema":
     )
 
 
-def aligned_schema(top_k: int) -> "pa.Schema":
+def aligned_schema(top_k: int, *, pivot: str = "") -> "pa.Schema":
     """One conversation in the pivot's tokens with the distribution that MinCE chose at each predicting position.
 
     `topk_logprobs` is -inf (and `topk_ids` 0) where fewer than K ids are known. `has_target` False: no distribution at this position (the loss falls
-    back to the label). `from_source`: the distribution is the source's, projected; else the pivot's own.
+    back to the label). `from_source`: the distribution is the source's, projected; else the pivot's own. `pivot`, where it is known, is the fingerprint
+    of the model whose tokens these are.
     """
     import pyarrow as pa
 
@@ -130,8 +131,14 @@ def aligned_schema(top_k: int) -> "pa.Schema":
             pa.field("source_ce_byte", pa.float32(), nullable=False),  # bits per byte
             pa.field("pivot_ce_byte", pa.float32(), nullable=False),
         ],
-        metadata={"fusion_ray.top_k": str(top_k), "fusion_ray.format": str(ALIGN_FORMAT)},
+        metadata={"fusion_ray.top_k": str(top_k), "fusion_ray.format": str(ALIGN_FORMAT)}
+        | ({"fusion_ray.pivot": pivot} if pivot else {}),
     )
+
+
+def pivot_of(schema: "pa.Schema") -> str:
+    """The fingerprint of the pivot that a shard of aligned rows was made for; empty where it does not tell."""
+    return (schema.metadata or {}).get(b"fusion_ray.pivot", b"").decode()
 
 
 def top_k_of(schema: "pa.Schema") -> int:

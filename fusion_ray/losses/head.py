@@ -3,7 +3,7 @@
 The fusion objective reads a row of logits in two ways only: single entries (the label, the K target ids) and its logsumexp. Both are computed for `chunk`
 positions at a time; the backward pass makes a chunk's logits again and turns the gradients of those few numbers into gradients of the hidden states and of
 the weight, so peak memory is chunk x V instead of B x T x V. Exact, for any V (rows that only pad the vocabulary take part in the softmax, as they do in
-the model). Called by workers/model.py.
+the model). Called by workers/student.py.
 
 Letters: N positions, H hidden size, V vocabulary, J picked ids a position.
 """

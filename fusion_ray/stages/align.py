@@ -182,6 +182,7 @@ def _align_shards(
     name = ""
     try:
         aligner = Aligner.of_models(pivot, source, config, read_counts(out, config))
+        made_for = pivot_rows.manifest().inputs.get("model", "")
         for name in names:
             if out.unit(name) is None:
                 shard = aligner.align(pivot_rows.read_bytes(name), source_rows.read_bytes(name))
@@ -193,7 +194,7 @@ def _align_shards(
                     "left_out": [asdict(row) for row in shard.rejected],
                     "coverage": shard.coverage.to_dict(),  # type: ignore[dict-item]  # numbers and lists of numbers
                 }
-                out.commit_bytes(name, shard.data, rows=shard.rows, info=info)
+                out.commit_bytes(name, shard.encoded(made_for), rows=shard.rows, info=info)
             yield name, ("", "")
     except (ValueError, OSError) as error:
         where = f"{name} of {pivot_rows.url} and {source_rows.url}: " if name else ""

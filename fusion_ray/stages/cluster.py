@@ -24,12 +24,21 @@ DRIVER_ENV = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": 
 _CHATTY = ("ray.data", "ray.train", "ray.serve")
 
 
+_started = False  # whether this process started the cluster that it is joined to
+
+
+def started_here() -> bool:
+    """Whether the cluster is this process's own: one node, that nobody else uses and nothing adds to."""
+    return _started and ray.is_initialized()
+
+
 @contextlib.contextmanager
 def connected(resources: ResourcesConfig) -> Iterator[None]:
     """Ray initialised for the block: `resources.address` or RAY_ADDRESS (a submitted job has it) joins a cluster, else one starts here.
 
     A local cluster runs with token auth under a token of its own. A cluster that was already joined by this process is used and left alone.
     """
+    global _started  # Ray's cluster is the process's too
     if ray.is_initialized():
         yield
         return
@@ -56,9 +65,11 @@ def connected(resources: ResourcesConfig) -> Iterator[None]:
         logger.info("started a local Ray cluster with %s logical CPUs", int(ray.cluster_resources().get("CPU", 0)))
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    _started = not address
     try:
         yield
     finally:
+        _started = False
         ray.shutdown()
 
 

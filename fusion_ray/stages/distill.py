@@ -25,11 +25,12 @@ import yaml
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import RayTrainCallback
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from fusion_ray.config import DistillConfig, ModelConfig, WorkerResources
 from fusion_ray.models import CARD, local_folder
 from fusion_ray.records import Report
+from fusion_ray.stages.cluster import started_here
 from fusion_ray.stages.gauges import Gauges
 from fusion_ray.store import UNITS, Artifact, Folder, Manifest, StoreError
 from fusion_ray.workers.metrics_log import MetricsLog, last_line
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 WORK = "_work"
 METRICS = "metrics.jsonl"
+COMPLETE = "complete.json"  # of a checkpoint, as in workers/training_state.py, which imports torch
 FACTS = "training.json"
 MAX_WORKER_DEATHS = 3
 POLL_SECONDS = 0.5
@@ -63,6 +65,7 @@ class Task:
     seed: int
     threads: int
     on_gpu: bool
+    max_empty: float = 1.0
 
 
 def distill(
@@ -74,18 +77,22 @@ def distill(
     config: DistillConfig,
     seed: int,
     resources: WorkerResources,
+    max_rejected: float = 0.01,
     report: Report,
 ) -> Manifest:
     """Train on `rows` (an align artefact; with config.fusion "none" a teach artefact of the pivot does) and seal `out`. `sources` are for its card.
 
-    Raises ValueError for rows, a checkpoint or a loss that do not allow it (workers/trainer.py), StoreError for the storage, and Ray Train's
-    TrainingFailedError when workers die more often than MAX_WORKER_DEATHS.
+    At most the share `max_rejected` of the rows may have nothing to learn from. Raises ValueError for rows, a checkpoint or a loss that do not allow it
+    (workers/trainer.py), StoreError for the storage, and Ray Train's TrainingFailedError when workers die more often than MAX_WORKER_DEATHS without a
+    checkpoint in between.
     """
     if out.sealed:
         return out.manifest()
     if out.unit(FACTS) is None:  # committed last: with it, everything is
         logger.info("distill %s: %d rows, %d workers", out.key, rows.manifest().rows, resources.max_workers)
-        task = Task(out, rows, pivot, tuple(sources), config, seed, max(1, int(resources.cpus)), resources.gpus > 0)
+        _check_pivot(out, rows)
+        threads = max(1, int(resources.cpus))
+        task = Task(out, rows, pivot, tuple(sources), config, seed, threads, resources.gpus > 0, max_rejected)
         _train(task, resources, report)
     names = [name.removeprefix(f"{UNITS}/").removesuffix(".json") for name in out.names(UNITS)]
     units = [unit for name in names if (unit := out.unit(name)) is not None]
@@ -95,11 +102,43 @@ def distill(
     return manifest
 
 
+def _check_pivot(out: Artifact, rows: Artifact) -> None:
+    """Teacher rows (of the SFT control) tell in their manifest whose they are; aligned shards do so themselves (workers/rows.py)."""
+    taught_by, pivot = rows.manifest().inputs.get("model"), out.inputs.get("pivot")
+    if taught_by and pivot and taught_by != pivot:
+        raise ValueError(
+            f"{rows.url} holds the rows of the model with the fingerprint {taught_by}, and this training has the pivot {pivot}: teach with this pivot"
+        )
+
+
 def _train(task: Task, resources: WorkerResources, report: Report) -> None:
-    alone = not task.on_gpu and sum(node["Alive"] for node in ray.nodes()) == 1
+    """Raises ValueError with what a worker refused the work for."""
+    alone = not task.on_gpu and started_here()
     for name, value in (TRAIN_ENV | ALONE_ENV if alone else TRAIN_ENV).items():
         os.environ.setdefault(name, value)
-    trainer = (_LeanTrainer if alone else TorchTrainer)(
+    while True:
+        before = _saved(task.out)
+        try:
+            error = _fit(_trainer(task, resources, alone=alone), task.out, report)
+        except TrainingFailedError:
+            # The deaths that Ray Train counts are those of a whole training, which may last for days on machines that come and go.
+            if _saved(task.out) == before:
+                raise
+            logger.warning("distill %s: workers died %d times, but it gets on: once more", task.out.key, MAX_WORKER_DEATHS + 1)
+            continue
+        if error:
+            raise ValueError(error)
+        return
+
+
+def _saved(out: Artifact) -> str:
+    """The newest whole checkpoint, by its step."""
+    names = out.names(f"{WORK}/checkpoints")
+    return max((name for name in names if name.endswith(f"/{COMPLETE}")), default="")
+
+
+def _trainer(task: Task, resources: WorkerResources, *, alone: bool) -> TorchTrainer:
+    return (_LeanTrainer if alone else TorchTrainer)(
         _work,
         train_loop_config={"task": task},
         torch_config=TorchConfig(backend="nccl" if task.on_gpu else "gloo"),
@@ -113,9 +152,6 @@ def _train(task: Task, resources: WorkerResources, report: Report) -> None:
             failure_config=ray.train.FailureConfig(max_failures=MAX_WORKER_DEATHS),
         ),
     )
-    error = _fit(trainer, task.out, report)
-    if error:
-        raise ValueError(error)
 
 
 class _LeanTrainer(TorchTrainer):
@@ -202,6 +238,8 @@ def _work(train_loop_config: dict[str, Task]) -> dict[str, str]:
             task.config,
             key=out.key,
             seed=task.seed,
+            pivot=out.inputs.get("pivot", ""),
+            max_empty=task.max_empty,
             trust_remote_code=task.pivot.trust_remote_code,
             threads=task.threads,
             report=tell,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from fusion_ray.records import aligned_schema, top_k_of
+from fusion_ray.records import aligned_schema, pivot_of, top_k_of
 from fusion_ray.workers.align_rows import numbered
 
 
@@ -46,7 +46,8 @@ def combine(tables: Mapping[str, pa.Table], *, unit: str) -> Combined:
         best = min(holders, key=lambda name: (_known(losses[name][rows[name][key]]), numbers[name]))
         chosen.append(offsets[best] + rows[best][key])
         won[best] += bool(tables[best]["source_won"][rows[best][key]].as_py())
-    schema = aligned_schema(next(iter(sizes.values())))
+    pivots = {pivot_of(table.schema) for table in tables.values()}
+    schema = aligned_schema(next(iter(sizes.values())), pivot=pivots.pop() if len(pivots) == 1 else "")
     together = pa.concat_tables([table.select(schema.names).cast(schema) for table in tables.values()])
     _check_same_tokens(tables, rows)
     return Combined(together.take(pa.array(chosen, pa.int64())).combine_chunks(), won)

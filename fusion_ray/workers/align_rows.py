@@ -150,8 +150,10 @@ def aligned_table(rows: TeacherRows, aligned: Aligned) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-def encode_aligned(table: pa.Table) -> bytes:
-    """A table of records.aligned_schema as Parquet bytes that depend on the table alone."""
+def encode_aligned(table: pa.Table, *, pivot: str = "") -> bytes:
+    """A table of records.aligned_schema as Parquet bytes that depend on the table and on the pivot's fingerprint alone."""
+    if pivot:
+        table = table.replace_schema_metadata(aligned_schema(top_k_of(table.schema), pivot=pivot).metadata)
     sink = io.BytesIO()
     pq.write_table(
         table,

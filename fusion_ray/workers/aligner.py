@@ -44,10 +44,9 @@ class AlignedShard:
     def rows(self) -> int:
         return int(self.table.num_rows)
 
-    @cached_property
-    def data(self) -> bytes:
-        """The table as Parquet bytes."""
-        return encode_aligned(self.table)
+    def encoded(self, pivot: str = "") -> bytes:
+        """The table as Parquet bytes; `pivot` is the fingerprint of the model whose tokens it holds."""
+        return encode_aligned(self.table, pivot=pivot)
 
 
 class Aligner:

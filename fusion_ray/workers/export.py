@@ -47,7 +47,15 @@ def full_weight(parameter: nn.Parameter) -> Tensor:
     return (parameter if master is None else master).detach().cpu()
 
 
-def export(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path, *, pivot: Path, dtype: str) -> str:
+def export(
+    model: PreTrainedModel,
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    pivot: Path,
+    dtype: str,
+    trust_remote_code: bool = False,
+) -> str:
     """Write the folder and read it back. `dtype` is a torch dtype's name, or "pivot" for the one most of the pivot's bytes have on disk.
 
     Returns the dtype's name. Raises ValueError naming the tensor when keys differ from the pivot's or what is read back is not what was trained.
@@ -70,7 +78,7 @@ def export(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path, 
     )  # it drops tied names from what it is given
     _complete_keys(folder, pivot, state, set(on_disk))
     _copy_companions(pivot, folder, str(target).removeprefix("torch."))
-    _check(folder, state)
+    _check(folder, state, trust_remote_code=trust_remote_code)
     return str(target).removeprefix("torch.")
 
 
@@ -138,8 +146,10 @@ def _copy_companions(pivot: Path, folder: Path, dtype: str) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def _check(folder: Path, state: Mapping[str, Tensor]) -> None:
-    reloaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+def _check(folder: Path, state: Mapping[str, Tensor], *, trust_remote_code: bool) -> None:
+    reloaded, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=trust_remote_code
+    )
     problems = sorted([*info["missing_keys"], *info["mismatched_keys"]])
     if problems:
         raise ValueError(f"the exported model in {folder} lacks or misshapes the tensor {problems[0]!r}")

@@ -17,6 +17,7 @@ from fusion_ray.workers.schedule import Schedule
 from fusion_ray.workers.student import METRICS
 
 BITS = "heldout_bits_per_byte"
+SHOWN = 16  # ids in a message
 KEPT = "heldout"  # beside the epochs in a run's totals, so that a resumed run has them
 
 
@@ -63,13 +64,18 @@ class Heldout:
     ) -> dict[str, float]:
         """Collective: the figure after `step` steps, by its name, which `totals` keeps where it is the last or the best. Raises ValueError where it is not
         finite. The model is back in training mode after it, and nothing random was drawn."""
-        nats = torch.tensor([self.nats(model, device)], dtype=torch.float64, device=device)
+        mine, broken = self.nats(model, device)
+        nats = torch.tensor([mine], dtype=torch.float64, device=device)
         dist.all_reduce(nats)
         bits = float(nats) / math.log(2) / float(self.rows.bytes.sum())
         if not math.isfinite(bits):
+            found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(found, broken)
+            names = sorted({name for each in found for name in each})
             raise ValueError(
-                f"the loss of the {len(self.rows)} held-out rows is not finite after step {step}: lower distill.learning_rate; if it is so at step 0, remove "
-                "the rows that the pivot cannot read from the corpus, or set distill.heldout_share to 0"
+                f"the loss of the {len(self.rows)} held-out rows is not finite after step {step}; rows of the micro-batches concerned: "
+                f"{', '.join(map(repr, names[:SHOWN]))}{' and more' if len(names) > SHOWN else ''}. Lower distill.learning_rate; if it is so at step 0, "
+                "remove the rows that the pivot cannot read from the corpus, or set distill.heldout_share to 0"
             )
         kept = totals.setdefault(KEPT, {"best": math.inf, "best_step": step})
         kept |= {"last": bits, "last_step": step}
@@ -77,10 +83,11 @@ class Heldout:
             kept |= {"best": bits, "best_step": step}
         return {BITS: bits}
 
-    def nats(self, model: nn.Module, device: torch.device) -> float:
-        """What the labels of this rank's rows cost. A rank without rows of its own reads the shortest of all, as ZeRO's collectives need, and leaves it out."""
+    def nats(self, model: nn.Module, device: torch.device) -> tuple[float, list[str]]:
+        """What the labels of this rank's rows cost, and the ids of the micro-batches in which that is not finite. A rank without rows of its own reads the
+        shortest of all, as ZeRO's collectives need, and leaves it out."""
         shortest = int(np.argmin(self.rows.lengths))
-        sums = 0.0
+        sums, broken = 0.0, list[str]()
         model.eval()
         with torch.no_grad():
             for lines in self.micro_batches:
@@ -89,9 +96,12 @@ class Heldout:
                 ids, position, labels = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in arrays)
                 begins = None if batch.position_ids is None else torch.from_numpy(batch.position_ids).to(device)
                 _, metrics = model(ids, position, labels, None, None, None, begins)
-                sums += float(metrics[METRICS.index("nll")]) if lines else 0.0
+                cost = float(metrics[METRICS.index("nll")]) if lines else 0.0
+                sums += cost
+                if not math.isfinite(cost):
+                    broken += [self.rows.id(row) for line in lines for row in line]
         model.train()
-        return sums
+        return sums, broken
 
     def facts(self, totals: dict[str, dict[str, float]]) -> dict[str, float]:
         """How many rows and bytes there are, and the last and the best figure with the steps done when it was taken."""

@@ -16,12 +16,13 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from fusion_ray.records import top_k_of
+from fusion_ray.records import pivot_of, top_k_of
 
 PLAIN = ("id", "ids", "position")
 TARGETS = ("has_target", "from_source", "topk_ids", "topk_logprobs")
 BYTES = (("byte_start", "byte_end"), ("bytes",))  # of teacher rows, of aligned rows
 ROWS_A_BLOCK = 1024
+SHOWN = 8  # ids in a message
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Rows:
     A row is cut to `max_length` tokens; one without a predicting position after that is not usable. Counts: `cut`, `empty`. `with_bytes` also gives the
     assistant bytes under the positions of each row (`bytes`, empty otherwise); where shards tell a row's sum alone (aligned rows), those of a cut row are
     taken in proportion to its positions.
-    Raises ValueError naming file and row for a shard of another kind, an id outside [0, vocabulary), or a position outside its row.
+    Raises ValueError naming file and row for a shard of another kind, an id outside [0, vocabulary), or a position outside its row, and naming both
+    fingerprints for one that was aligned for another model than `pivot`.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Rows:
         max_length: int,
         targets: bool,
         with_bytes: bool = False,
+        pivot: str = "",
     ) -> None:
         self.max_length = max_length
         self.targets = targets
@@ -67,6 +70,8 @@ class Rows:
         self.top_k = 0
         self.cut = 0
         self.empty = 0
+        self._pivot = pivot
+        self._first_empty: list[str] = []
         self._blocks: list[_Block] = []
         where, lengths, counts, sizes = [], [], [], []
         for shard in shards:
@@ -79,6 +84,9 @@ class Rows:
                 usable = np.flatnonzero(count)
                 self.cut += int((np.diff(block.ids_offsets) > max_length).sum())
                 self.empty += len(count) - len(usable)
+                self._first_empty += [
+                    block.id(row) for row in np.flatnonzero(count == 0)[: SHOWN - len(self._first_empty)]
+                ]
                 where.append(np.stack([np.full(len(usable), len(self._blocks)), usable], axis=1))
                 lengths.append(length[usable])
                 counts.append(count[usable])
@@ -96,6 +104,16 @@ class Rows:
         part._where, part.lengths, part.positions = self._where[rows], self.lengths[rows], self.positions[rows]
         part.bytes = self.bytes[rows] if self.with_bytes else self.bytes
         return part
+
+    def check_empty(self, allowed: float) -> None:
+        """Raises ValueError naming the first rows without a predicting position where they are more than this share of all."""
+        rows = len(self) + self.empty
+        if self.empty > allowed * rows:
+            raise ValueError(
+                f"{self.empty} of {rows} rows have no position to learn from within distill.max_length {self.max_length}, more than corpus.max_rejected "
+                f"{allowed:g} allows: {', '.join(map(repr, self._first_empty))}{' and more' if self.empty > SHOWN else ''}. "
+                "Raise distill.max_length if they are cut, remove them from the corpus, or raise corpus.max_rejected"
+            )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -156,6 +174,12 @@ class Rows:
             )
         if self.with_bytes:
             columns += _byte_columns(shard, parquet.schema_arrow)
+        made_for = pivot_of(parquet.schema_arrow)
+        if self._pivot and made_for and made_for != self._pivot:
+            raise ValueError(
+                f"{shard} was made for the pivot with the fingerprint {made_for}, and this training has the pivot {self._pivot}: its ids and "
+                "distributions are another vocabulary's; align again with this pivot"
+            )
         top_k = top_k_of(parquet.schema_arrow)
         if self.targets and self.top_k not in (0, top_k):
             raise ValueError(f"{shard} holds top-{top_k} targets, the shards before it top-{self.top_k}: align again")
@@ -211,7 +235,7 @@ class _Block:
         if len(bad):
             row = int(np.searchsorted(self.position_offsets, bad[0], side="right")) - 1
             raise ValueError(
-                f"{shard}: row {self._id(row)!r} predicts from position {self.position[bad[0]]}, but it has {lengths[row]} tokens: align again"
+                f"{shard}: row {self.id(row)!r} predicts from position {self.position[bad[0]]}, but it has {lengths[row]} tokens: align again"
             )
         if not self.has_targets:
             return
@@ -222,7 +246,7 @@ class _Block:
                 )[0]
             )
             raise ValueError(
-                f"{shard}: row {self._id(row)!r} has {counts[row]} positions, but {np.diff(self.topk_offsets)[row]} target ids at top-{top_k}: align again"
+                f"{shard}: row {self.id(row)!r} has {counts[row]} positions, but {np.diff(self.topk_offsets)[row]} target ids at top-{top_k}: align again"
             )
         self._check_ids(shard, "target ids", self.topk_ids, self.topk_offsets, vocabulary)
 
@@ -248,11 +272,11 @@ class _Block:
         first = int(np.flatnonzero((ids < 0) | (ids >= vocabulary))[0])
         row = int(np.searchsorted(offsets, first, side="right")) - 1
         raise ValueError(
-            f"{shard}: row {self._id(row)!r} has {what} outside the pivot's embedding of {vocabulary} rows (id {ids[first]}): "
+            f"{shard}: row {self.id(row)!r} has {what} outside the pivot's embedding of {vocabulary} rows (id {ids[first]}): "
             "these rows were made for another pivot or tokenizer; align again with this pivot"
         )
 
-    def _id(self, row: int) -> str:
+    def id(self, row: int) -> str:
         return str(self.batch.column("id")[row].as_py())
 
 

@@ -7,7 +7,7 @@ micro-batches gives the gradient of the same mean. Called by stages/distill.py a
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +19,12 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from fusion_ray.config import DistillConfig
 from fusion_ray.records import Report
 from fusion_ray.store import Folder
+from fusion_ray.workers.ahead import ahead
 from fusion_ray.workers.export import export, gather_weights
 from fusion_ray.workers.figures import Clock, averages
 from fusion_ray.workers.heldout import Heldout, hold_out
 from fusion_ray.workers.lora import add_adapters, gather_adapters, merged_model
+from fusion_ray.workers.loss_watch import LossWatch
 from fusion_ray.workers.packing_check import check_packing
 from fusion_ray.workers.rows import Batch, Rows
 from fusion_ray.workers.schedule import Schedule, StepPlan, learning_rate
@@ -35,7 +37,9 @@ logger = logging.getLogger(__name__)
 NOTICE_SECONDS = (
     2.0  # between two questions whether a machine is about to be taken; clouds say it half a minute before, or two
 )
-DIVERGED = 2.0  # times what guessing evenly costs, in nats a position: a model that learns stays far below
+
+
+Tensors = list[torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ def train(
     *,
     key: str,
     seed: int,
+    pivot: str = "",
+    max_empty: float = 1.0,
     trust_remote_code: bool = False,
     threads: int = 1,
     report: Report,
@@ -63,10 +69,11 @@ def train(
 ) -> dict[str, object]:
     """Train to the end from the newest checkpoint, export on rank 0, and return the run's facts (no times: equal runs give equal facts).
 
-    Collective over the process group; a run that another number of ranks began goes on with the same global batches. `report` is called on rank 0 after
-    every step. `notice` is asked now and then, after a step and on every rank together: when it first says that the machine of one of them is about to be
-    taken, the step is saved at once. Raises ValueError for rows or checkpoints that do not fit, for a loss that diverges or is not finite, and for an export
-    that is not the model.
+    Collective over the process group; a run that another number of ranks began goes on with the same global batches. `pivot` is the fingerprint that the
+    rows must have been aligned for, `max_empty` the share of them that may have nothing to learn from. `report` is called on rank 0 after every step.
+    `notice` is asked now and then, after a step and on every rank together: when it first says that the machine of one of them is about to be taken, the
+    step is saved at once. Raises ValueError for rows or checkpoints that do not fit, for a loss that diverges or is not finite, and for an export that is
+    not the model.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -89,7 +96,9 @@ def train(
         max_length=config.max_length,
         targets=fuse,
         with_bytes=config.heldout_share > 0,
+        pivot=pivot,
     )
+    rows.check_empty(max_empty)
     heldout = None
     if config.heldout_share:
         rows, held = hold_out(rows, share=config.heldout_share, seed=seed)
@@ -115,8 +124,10 @@ def train(
     student.train()
     if heldout and not progress.step:
         heldout.measure(engine, device, step=0, totals=totals)
-    clock, warned = Clock(schedule.steps), False
-    for number in range(progress.step, schedule.steps):
+    clock, warned, watch = Clock(schedule.steps), False, LossWatch(vocabulary_rows(student.model))
+    steps = range(progress.step, schedule.steps)
+    batches = ahead(lambda lines: _pinned(rows.collate(lines), device), _micro_batches(rows, schedule, steps, rank))
+    for number in steps:
         plan = schedule.step(number)
         rate = learning_rate(
             number,
@@ -127,17 +138,17 @@ def train(
         )
         torch.manual_seed((seed * 1_000_003 + number) * 4096 + rank)  # dropout, where a model has it
         ask = not warned and rank == 0 and clock.asks(every=NOTICE_SECONDS)
-        sums, ask = _step(engine, rows, plan, rate=rate, rank=rank, device=device, ask=ask)
+        sums, ask = _step(engine, rows, plan, batches, rate=rate, rank=rank, device=device, ask=ask)
         norm = float(engine.get_global_grad_norm())
         if not math.isfinite(norm):
             raise ValueError(
                 f"the gradient of step {number + 1} is not finite; rows of the batch: {_names(rows, plan.rows)}. Lower distill.learning_rate or max_grad_norm"
             )
-        mean, guessing = averages(sums)["sft"], math.log(vocabulary_rows(student.model))
-        if mean > DIVERGED * guessing:
+        diverged = watch.add(averages(sums)["sft"], totals)
+        if diverged:
             raise ValueError(
-                f"the loss of step {number + 1} has diverged: {mean:.4g} nats a position, where guessing evenly costs {guessing:.4g}; "
-                f"rows of the batch: {_names(rows, plan.rows)}. Lower distill.learning_rate, or remove them from the corpus"
+                f"the loss of step {number + 1} has diverged: {diverged}; rows of the batch: {_names(rows, plan.rows)}. "
+                "Lower distill.learning_rate, or remove them from the corpus"
             )
         total = totals.setdefault(str(plan.epoch), dict.fromkeys(METRICS, 0.0))
         for name, value in sums.items():
@@ -187,26 +198,52 @@ def _export(student: Student, places: Places, config: DistillConfig, *, trust_re
         if config.lora is not None:
             model = merged_model(pivot, adapters, trust_remote_code=trust_remote_code)
             found = gather_weights(model, keep=True)
-        return export(model, found, Path(places.export), pivot=Path(pivot), dtype=config.export_dtype)
+        return export(
+            model,
+            found,
+            Path(places.export),
+            pivot=Path(pivot),
+            dtype=config.export_dtype,
+            trust_remote_code=trust_remote_code,
+        )
 
     return _on_rank_0(write)
 
 
+def _micro_batches(rows: Rows, schedule: Schedule, steps: range, rank: int) -> Iterator[list[list[int]]]:
+    """The lines of this rank's micro-batches of all steps; the shortest row of the step stands where it has none of its own."""
+    for number in steps:
+        plan = schedule.step(number)
+        shortest = min(plan.rows, key=lambda row: (rows.lengths[row], row))
+        for lines in plan.micro_batches[rank]:
+            yield lines or [[shortest]]
+
+
 def _step(
-    engine: DeepSpeedEngine, rows: Rows, plan: StepPlan, *, rate: float, rank: int, device: torch.device, ask: bool
+    engine: DeepSpeedEngine,
+    rows: Rows,
+    plan: StepPlan,
+    batches: Iterator[Tensors],
+    *,
+    rate: float,
+    rank: int,
+    device: torch.device,
+    ask: bool,
 ) -> tuple[dict[str, float], bool]:
-    """Forward, backward and update of one global batch; returns the batch's global METRICS sums, and on every rank whether one of them set `ask`.
+    """Forward, backward and update of one global batch, of which `batches` gives this rank's micro-batches; returns the batch's global METRICS sums, and on
+    every rank whether one of them set `ask`.
 
     Every rank runs equally many micro-batches, as ZeRO's collectives need; one without rows of its own runs the shortest of the batch at weight 0.
     Raises ValueError, on every rank and before the update, naming the rows whose loss is not finite.
     """
     count = int(rows.positions[plan.rows].sum())
-    shortest = min(plan.rows, key=lambda row: (rows.lengths[row], row))
     sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
     broken = torch.zeros(len(plan.rows), dtype=torch.float64, device=device)
     place = {row: number for number, row in enumerate(plan.rows)}
     for lines in plan.micro_batches[rank]:
-        loss, metrics = engine(*_tensors(rows.collate(lines or [[shortest]]), device))
+        loss, metrics = engine(
+            *(None if each is None else each.to(device, non_blocking=True) for each in next(batches))
+        )
         engine.backward(loss * (dist.get_world_size() / count if lines else 0.0), scale_wrt_gas=False)
         if not lines:
             continue
@@ -228,12 +265,14 @@ def _step(
     return dict(zip(METRICS, sums.tolist(), strict=True)), bool(asked)
 
 
-def _tensors(batch: Batch, device: torch.device) -> list[torch.Tensor | None]:
+def _pinned(batch: Batch, device: torch.device) -> Tensors:
+    """The arrays that the student takes, on the host; for a GPU in memory that is copied from without waiting."""
     arrays = (batch.ids, batch.position, batch.head_ids, batch.topk_logprobs, batch.has_target, batch.from_source)
-    return [
-        None if array is None else torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    found = [
+        None if array is None else torch.from_numpy(np.ascontiguousarray(array))
         for array in (*arrays, batch.position_ids)
     ]
+    return found if device.type == "cpu" else [None if each is None else each.pin_memory() for each in found]
 
 
 def _schedule(rows: Rows, config: DistillConfig, *, world_size: int, seed: int, packing: bool) -> Schedule:

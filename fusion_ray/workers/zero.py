@@ -56,6 +56,9 @@ def zero_config(config: DistillConfig, *, parameters: int, trained: int) -> dict
         "steps_per_print": 1 << 62,
         "wall_clock_breakdown": False,
     }
+    if config.precision == "bfloat16" and config.zero_stage > 1:
+        # What the micro-batches of a step add up to would else be rounded to bfloat16 after each of them.
+        ours["data_types"] = {"grad_accum_dtype": "fp32"}
     return _laid_over(ours, config.deepspeed)
 
 

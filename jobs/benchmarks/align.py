@@ -74,7 +74,7 @@ def spans(texts: list[str], *, repeats: int) -> dict[str, Metric]:
         aligner = Aligner(pivot.vocabulary, source.vocabulary, AlignConfig(map="prefix"))
         if parquet:
             data = encode(tables[0]), encode(tables[1])
-            work[name] = lambda: aligner.align(*data).data
+            work[name] = lambda: aligner.align(*data).encoded()
         else:
             work[name] = lambda: aligner.align_tables(*tables).table
         progress(f"spans: made {name}")

@@ -22,6 +22,7 @@ def main(task: dict) -> None:
             pivot=ModelConfig(name="pivot", path=task["pivot"]),
             config=DistillConfig.model_validate(task["config"]),
             seed=7,
+            max_rejected=0.1,
             resources=WorkerResources(max_workers=task["workers"]),
             report=lambda figures: None,
         )

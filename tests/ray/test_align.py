@@ -203,7 +203,7 @@ def test_counted_maps_are_made_of_all_shards_and_a_cut_run_counts_none_twice(
     assert out.read_bytes("counts.parquet") == encode_counts(total)
     aligner = Aligner.of_models(*models, config, total)
     for name, shard in zip(names, shards, strict=True):
-        assert out.read_bytes(name) == aligner.align(*shard).data
+        assert out.read_bytes(name) == aligner.align(*shard).encoded()
     shown = explained_row(
         *rows, pivot=models[0], source=models[1], config=config, row="row-0", counts=read_counts(out, config)
     )

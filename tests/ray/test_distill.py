@@ -66,6 +66,7 @@ def _run(out: Artifact, work: Path, config: DistillConfig, seen: list[Mapping[st
         pivot=ModelConfig(name="pivot", path=str(work / "pivot")),
         config=config,
         seed=7,
+        max_rejected=0.1,
         resources=WorkerResources(max_workers=2),
         report=(seen if seen is not None else []).append,
     )
@@ -140,6 +141,7 @@ def test_rows_of_another_pivot_are_named_and_not_retried(work: Path, cluster: No
             pivot=ModelConfig(name="pivot", path=str(work / "pivot")),
             config=settings(),
             seed=7,
+            max_rejected=0.1,
             resources=WorkerResources(max_workers=2),
             report=lambda figures: None,
         )

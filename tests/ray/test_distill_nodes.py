@@ -43,6 +43,7 @@ def train(out: Artifact, rows: Artifact, pivot: Path, config: DistillConfig, fai
             pivot=ModelConfig(name="pivot", path=str(pivot)),
             config=config,
             seed=7,
+            max_rejected=0.1,
             resources=WorkerResources(max_workers=2),
             report=lambda figures: None,
         )

@@ -34,6 +34,7 @@ def run(out: Artifact, work: Path, workers: int) -> tuple[list[dict[str, object]
         pivot=ModelConfig(name="pivot", path=str(work / "pivot")),
         config=settings(),
         seed=7,
+        max_rejected=0.1,
         resources=WorkerResources(max_workers=workers),
         report=seen.append,
     )

@@ -318,6 +318,36 @@ def test_a_loss_that_is_not_finite_and_one_that_diverges_name_the_rows(
         training.run_training(tmp_path / "diverged", pivot, shards, settings)
 
 
+def test_a_model_that_forgets_what_it_knew_is_stopped(tmp_path: Path, undisturbed: Path, shards: list[Path]) -> None:
+    """It costs less than guessing evenly all the time."""
+    settings = training.config(learning_rate=3e-3, epochs=12)
+    training.run_training(tmp_path / "learned", undisturbed / "export", shards, settings)
+    settings = training.config(learning_rate=0.05, warmup_ratio=0.5, epochs=12, schedule="constant")
+    with pytest.raises(
+        RuntimeError,
+        match=r"has diverged: the last steps cost .* nats a position, earlier ones .*; rows of the batch: 'row-",
+    ):
+        training.run_training(tmp_path / "forgets", tmp_path / "learned" / "export", shards, settings)
+
+
+def test_bfloat16_trains_alike_in_any_split_and_resumes_to_the_last_bit(
+    tmp_path: Path, pivot: Path, shards: list[Path]
+) -> None:
+    """The default precision. The split run is killed after step 5; of its checkpoints the last two are kept, and no other run takes them."""
+    settings = {"precision": "bfloat16", "export_dtype": "float32"}
+    training.run_training(tmp_path / "whole", pivot, shards, training.config(**settings, micro_batch_size=6))
+    split = training.config(**settings, micro_batch_size=1, checkpoint_every=2)
+    before = training.run_training(tmp_path / "split", pivot, shards, split, world_size=2, stop_after=5)
+    after = training.run_training(tmp_path / "split", pivot, shards, split, world_size=2)
+    assert [line["done"] for line in after] == [5, 6, 7, 8]
+    assert [before[4][name] for name in FIGURES] == [after[0][name] for name in FIGURES]
+    assert_close(before[:4] + after, reports(tmp_path / "whole"), 2e-2)
+    kept = {path.name.split("-")[1] for path in (tmp_path / "split" / "checkpoints").iterdir()}
+    assert kept == {"00000004", "00000006"}
+    with pytest.raises(RuntimeError, match=r"is of another run: its key is 'key', this run has 'other'"):
+        training.run_training(tmp_path / "split", pivot, shards, split, world_size=2, key="other")
+
+
 def test_held_out_rows_are_measured_and_never_trained_on(tmp_path: Path, pivot: Path, shards: list[Path]) -> None:
     """Two ranks tell what one tells, resumed or not; the weights are those of a run whose shards lack the held-out rows."""
     settings = training.config(heldout_share=0.25, heldout_every=2)

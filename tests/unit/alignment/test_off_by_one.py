@@ -105,7 +105,7 @@ def misplaced(pivot: str, source: str, vocabulary_map: str, *, shift: int = 0) -
     aligner = Aligner(words, vocabulary(source), AlignConfig(choose="source", map=vocabulary_map, inside="skip"))
     result = aligner.align(shard(mine), shard(rows[::-1]))  # rows meet by their ids, whatever their order
     assert not result.rejected
-    written = {row["id"]: row for row in pq.read_table(io.BytesIO(result.data)).to_pylist()}
+    written = {row["id"]: row for row in pq.read_table(io.BytesIO(result.encoded())).to_pylist()}
     wrong = []
     for own, (other, marks) in zip(mine, theirs, strict=True):
         # by message, bytes read and whether the turn ends there: nothing of the package decides what meets what

@@ -85,7 +85,7 @@ def align(
 
 
 def written(shard: AlignedShard) -> list[dict]:
-    return pq.read_table(io.BytesIO(shard.data)).to_pylist()
+    return pq.read_table(io.BytesIO(shard.encoded())).to_pylist()
 
 
 def test_a_padded_vocabulary_has_ids_without_bytes(

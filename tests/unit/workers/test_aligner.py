@@ -54,7 +54,7 @@ def test_the_source_wins_where_it_is_surer_and_its_rows_are_written() -> None:
         made_up_rows(SOURCE, CONTENTS, label_probability=0.9, seed=1),
     )
     result = aligner().align(shard(pivot), shard(source))
-    written = table(result.data)
+    written = table(result.encoded())
     assert written.schema.names == aligned_schema(K).names
     assert top_k_of(written.schema) == K
     assert (result.rows, result.rejected, result.missing_pivot, result.missing_source) == (len(CONTENTS), [], 0, 0)
@@ -88,7 +88,7 @@ def test_where_the_pivot_wins_its_own_distribution_stays() -> None:
     )
     for config in ({}, {"choose": "pivot"}, {"per": "token"}):
         for row, mine in zip(
-            table(aligner(**config).align(shard(pivot), shard(source)).data).to_pylist(), pivot, strict=True
+            table(aligner(**config).align(shard(pivot), shard(source)).encoded()).to_pylist(), pivot, strict=True
         ):
             assert not row["source_won"]
             assert not any(row["from_source"])
@@ -102,9 +102,9 @@ def test_both_teach_where_the_average_is_taken() -> None:
         made_up_rows(PIVOT, CONTENTS, label_probability=0.1),
         made_up_rows(SOURCE, CONTENTS, label_probability=0.9, seed=1),
     )
-    chosen = table(aligner(choose="source").align(shard(pivot), shard(source)).data).to_pylist()
+    chosen = table(aligner(choose="source").align(shard(pivot), shard(source)).encoded()).to_pylist()
     for per in ("sequence", "token"):
-        rows = table(aligner(choose="avg_ce", per=per).align(shard(pivot), shard(source)).data).to_pylist()
+        rows = table(aligner(choose="avg_ce", per=per).align(shard(pivot), shard(source)).encoded()).to_pylist()
         strict = 0
         for row, of_source, mine in zip(rows, chosen, pivot, strict=True):
             assert all(row["has_target"])
@@ -124,7 +124,7 @@ def test_both_teach_where_the_average_is_taken() -> None:
 def test_a_model_aligned_with_itself_is_the_identity() -> None:
     rows = made_up_rows(PIVOT, CONTENTS)
     result = aligner(PIVOT, PIVOT, choose="source").align(shard(rows), shard(rows))
-    for row, mine in zip(table(result.data).to_pylist(), rows, strict=True):
+    for row, mine in zip(table(result.encoded()).to_pylist(), rows, strict=True):
         assert set(row["kind"]) == {MatchKind.STRICT}
         assert np.exp(np.array(row["topk_logprobs"], float)).sum() == pytest.approx(
             np.exp(mine.topk_logprobs.astype(float)).sum(), rel=2e-3
@@ -142,26 +142,26 @@ def test_a_model_aligned_with_itself_is_the_identity() -> None:
 
 def test_equal_inputs_give_equal_bytes() -> None:
     sides = shard(made_up_rows(PIVOT, CONTENTS)), shard(made_up_rows(SOURCE, CONTENTS))
-    assert aligner().align(*sides).data == aligner().align(*sides).data
+    assert aligner().align(*sides).encoded() == aligner().align(*sides).encoded()
 
 
 def test_rows_of_one_side_are_counted_and_those_of_both_meet_by_id() -> None:
     pivot, source = made_up_rows(PIVOT, CONTENTS), made_up_rows(SOURCE, CONTENTS)
     result = aligner().align(shard(pivot[1:]), shard([source[3], *source[:3]]))
-    assert table(result.data)["id"].to_pylist() == ["row-1", "row-2", "row-3"]
+    assert table(result.encoded())["id"].to_pylist() == ["row-1", "row-2", "row-3"]
     assert (result.missing_pivot, result.missing_source) == (1, 2)
 
 
 def test_a_shard_without_rows_is_written() -> None:
     result = aligner().align(shard([]), shard(made_up_rows(SOURCE, CONTENTS)))
-    assert (table(result.data).num_rows, result.missing_pivot) == (0, len(CONTENTS))
+    assert (table(result.encoded()).num_rows, result.missing_pivot) == (0, len(CONTENTS))
 
 
 def test_a_source_row_that_was_cut_has_no_targets_behind_the_cut() -> None:
     pivot, source = made_up_rows(PIVOT, CONTENTS[:1]), made_up_rows(SOURCE, CONTENTS[:1], max_length=30)
     covered = int(source[0].byte_end.max())
     assert 0 < covered < len(CONTENTS[0])
-    row = table(aligner(choose="source").align(shard(pivot), shard(source)).data).to_pylist()[0]
+    row = table(aligner(choose="source").align(shard(pivot), shard(source)).encoded()).to_pylist()[0]
     for start, kind, known in zip(pivot[0].byte_start, row["kind"], row["has_target"], strict=True):
         assert (kind == MatchKind.NONE) == (start >= covered)
         assert not (known and start >= covered)
@@ -181,7 +181,7 @@ def test_a_row_that_cannot_be_aligned_is_named_with_its_reason_and_the_others_ar
     pivot[4] = _broken(pivot[4], "label_logprob", 0.5)
     pivot[5] = _broken(pivot[5], "byte_start", 0)
     result = aligner().align(shard(pivot), shard(source))
-    assert table(result.data)["id"].to_pylist() == ["row-3"]
+    assert table(result.encoded())["id"].to_pylist() == ["row-3"]
     reasons = {row.id: row.reason for row in result.rejected}
     assert "different text on the two sides of message 1 (pivot 37 bytes, source 38 bytes)" in reasons["row-0"]
     assert "the source has a log-probability that is NaN at position" in reasons["row-1"]
@@ -273,6 +273,6 @@ def test_any_unicode_aligns_and_keeps_its_mass(contents: list[str]) -> None:
         result = between(first, second).align(sides[first], sides[second])
         # SentencePiece reads U+2581 as a blank, which is another text than the one that byte-level models read
         assert all("▁" in contents[int(row.id[4:])] for row in result.rejected), result.rejected
-        for row in table(result.data).to_pylist():
+        for row in table(result.encoded()).to_pylist():
             probabilities = np.exp(np.reshape(row["topk_logprobs"], (-1, K)).astype(float))
             assert (probabilities.sum(axis=1) < 1.01).all()

@@ -85,7 +85,7 @@ def test_every_position_is_what_the_published_rules_give(pivot: str, source: str
         mapped = made.mapped.tolist()
     result = made.align(*sides)
     transferred = fallbacks = 0
-    for written, lists, (row, other) in zip(rows_of(result.data), paths, both, strict=True):
+    for written, lists, (row, other) in zip(rows_of(result.encoded()), paths, both, strict=True):
         ids, logprobs = np.reshape(written["topk_ids"], (-1, K)), np.reshape(written["topk_logprobs"], (-1, K))
         stored = {int(position): number for number, position in enumerate(other.position)}
         assert all(written["has_target"])
@@ -133,7 +133,7 @@ def test_equal_vocabularies_are_copied() -> None:
     for rules in ("exact", "min_edit", "statistics"):
         made = aligner("bytelevel", "bytelevel", map=rules)
         assert made.count(shard(rows), shard(rows)).keys.size == 0
-        for written, row in zip(rows_of(made.align(shard(rows), shard(rows)).data), rows, strict=True):
+        for written, row in zip(rows_of(made.align(shard(rows), shard(rows)).encoded()), rows, strict=True):
             assert all(written["from_source"])
             assert written["topk_ids"] == row.topk_ids.reshape(-1).tolist()
             assert written["topk_logprobs"] == row.topk_logprobs.reshape(-1).tolist()
@@ -145,7 +145,9 @@ def test_equal_vocabularies_are_copied() -> None:
 def test_where_the_pivot_wins_its_own_distribution_stays(choose: str, per: str) -> None:
     surer = made_up_rows(TOKENIZERS["bytelevel"], CONTENTS, top_k=K, label_probability=0.9)
     made = aligner("bytelevel", "sentencepiece", map="exact", choose=choose, per=per)
-    for written, row in zip(rows_of(made.align(shard(surer), shard(ROWS["sentencepiece"])).data), surer, strict=True):
+    for written, row in zip(
+        rows_of(made.align(shard(surer), shard(ROWS["sentencepiece"])).encoded()), surer, strict=True
+    ):
         assert not any(written["from_source"])
         assert written["topk_ids"] == row.topk_ids.reshape(-1).tolist()
 
@@ -211,7 +213,7 @@ def test_spans_with_statistics_sends_an_id_where_the_corpus_met_it_most() -> Non
                 for p, count in zip(counts.pivot_ids[pairs].tolist(), counts.counts[pairs].tolist(), strict=True)
             ]
             assert made.mapped[number] == min(ranked)[2]
-    assert all(row["source_won"] for row in rows_of(made.align(*sides).data))
+    assert all(row["source_won"] for row in rows_of(made.align(*sides).encoded()))
 
 
 @pytest.mark.parametrize("rules", ["exact", "statistics"])

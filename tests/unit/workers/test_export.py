@@ -104,3 +104,23 @@ def test_an_architecture_that_changes_its_logits_is_refused(tmp_path: Path) -> N
         student._head[0].weight *= 20
     with pytest.raises(ValueError, match=r"the logits of Gemma2ForCausalLM are not its last hidden state"):
         student.check_head(torch.device("cpu"))
+
+
+def test_a_pivot_with_code_of_its_own_is_exported_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    pivot = Path(tiny.make_tiny_model(tmp_path / "pivot", "llama", dtype="bfloat16"))
+    (pivot / "modeling_mine.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\nclass MyConfig(LlamaConfig):\n    model_type = 'mine'\n\n\n"
+        "class Mine(LlamaForCausalLM):\n    config_class = MyConfig\n"
+    )
+    config = json.loads((pivot / "config.json").read_text())
+    config |= {"model_type": "mine", "architectures": ["Mine"]}
+    config["auto_map"] = {"AutoConfig": "modeling_mine.MyConfig", "AutoModelForCausalLM": "modeling_mine.Mine"}
+    (pivot / "config.json").write_text(json.dumps(config))
+    student = load_student(
+        str(pivot), trust_remote_code=True, head_chunk=4, gradient_checkpointing=False, objective=None
+    )
+    out = tmp_path / "out"
+    export(student.model, trained(student), out, pivot=pivot, dtype="pivot", trust_remote_code=True)
+    assert (out / "modeling_mine.py").exists()
+    assert type(AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)).__name__ == "Mine"

@@ -226,7 +226,7 @@ def test_the_last_and_the_best_are_kept(
     heldout = Heldout(held, micro_batch_size=4, line_length=None)
     totals: dict[str, dict[str, float]] = {}
     for step, nats in enumerate([3.0, 1.0, 1.0, 2.0]):
-        monkeypatch.setattr(heldout, "nats", lambda *_, nats=nats: nats)
+        monkeypatch.setattr(heldout, "nats", lambda *_, nats=nats: (nats, []))
         heldout.measure(student, CPU, step=step, totals=totals)
     unit = 1 / math.log(2) / held.bytes.sum()
     assert heldout.facts(totals) == {
@@ -237,8 +237,11 @@ def test_the_last_and_the_best_are_kept(
         "best_bits_per_byte": pytest.approx(unit),
         "best_step": 1,
     }
-    monkeypatch.setattr(heldout, "nats", lambda *_: math.nan)
-    with pytest.raises(ValueError, match=r"held-out rows is not finite after step 4.*distill\.learning_rate"):
+    monkeypatch.setattr(heldout, "nats", lambda *_: (math.nan, [held.id(0)]))
+    with pytest.raises(
+        ValueError,
+        match=r"held-out rows is not finite after step 4; rows of the micro-batches concerned: 'row-.*distill\.learning_rate",
+    ):
         heldout.measure(student, CPU, step=4, totals=totals)
 
 

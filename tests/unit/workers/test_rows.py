@@ -122,3 +122,25 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, changes: dict[str,
     path = write(tmp_path / "a.parquet", [good, plain_row(**changes)])
     with pytest.raises(ValueError, match=message):
         opened(tmp_path, [path])
+
+
+def test_a_shard_of_another_pivot_is_refused_though_its_ids_would_do(tmp_path: Path) -> None:
+    schema = aligned_schema(K, pivot="aaaa1111")
+    pq.write_table(pa.Table.from_pylist([plain_row()], schema=schema), tmp_path / "a.parquet")
+    assert len(opened(tmp_path, [tmp_path / "a.parquet"], pivot="aaaa1111")) == 1
+    with pytest.raises(
+        ValueError, match=r"a.parquet was made for the pivot with the fingerprint aaaa1111, .* the pivot bbbb2222"
+    ):
+        opened(tmp_path, [tmp_path / "a.parquet"], pivot="bbbb2222")
+
+
+def test_too_many_rows_without_a_position_are_an_error(tmp_path: Path) -> None:
+    empty = {"position": [], "has_target": [], "from_source": [], "kind": [], "topk_ids": [], "topk_logprobs": []}
+    path = write(
+        tmp_path / "a.parquet", [plain_row(id=f"r{number}", **(empty if number else {})) for number in range(20)]
+    )
+    rows = opened(tmp_path, [path])
+    assert (len(rows), rows.empty) == (1, 19)
+    rows.check_empty(0.95)
+    with pytest.raises(ValueError, match=r"19 of 20 rows have no position .* 0.01 allows: 'r1', 'r2', .*'r8' and more"):
+        rows.check_empty(0.01)
