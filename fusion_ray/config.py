@@ -48,6 +48,22 @@ OWN_ARGUMENTS = {
     "runner": "logprobs come from a model that generates",
     "convert": "logprobs come from a model that generates",
 }
+# What the config says of DeepSpeed's keys itself: the key to set in the place of each.
+OWN_DEEPSPEED = {
+    "train_batch_size": "distill.batch_size",
+    "train_micro_batch_size_per_gpu": "distill.micro_batch_size",
+    "gradient_accumulation_steps": "distill.batch_size (the micro-batches of a step follow from it)",
+    "managed_gradient_accumulation": "distill.batch_size (the micro-batches of a step follow from it)",
+    "zero_optimization.stage": "distill.zero_stage",
+    "fp16": "distill.precision",
+    "bf16": "distill.precision",
+    "bfloat16": "distill.precision",
+    "amp": "distill.precision",
+    "torch_autocast": "distill.precision",
+    "gradient_clipping": "distill.max_grad_norm",
+    "optimizer": "distill.learning_rate, distill.betas and distill.weight_decay",
+    "scheduler": "distill.schedule, distill.learning_rate and distill.warmup_ratio",
+}
 
 
 class ConfigError(ValueError):
@@ -322,6 +338,20 @@ class DistillConfig(Section):
     checkpoint_every: int = Field(100, ge=1, description="optimizer steps")
     sft_control: bool = Field(False, description="also train the SFT-only control on the same data and steps")
 
+    @field_validator("deepspeed")
+    @classmethod
+    def _not_said_elsewhere(cls, value: dict[str, object]) -> dict[str, object]:
+        zero = value.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError(
+                f"distill.deepspeed.zero_optimization is {zero!r}, expected DeepSpeed's keys of it, such as {{offload_optimizer: {{device: cpu}}}}"
+            )
+        given = [*value, *(f"zero_optimization.{key}" for key in zero)]
+        for key in given:
+            if key in OWN_DEEPSPEED:
+                raise ValueError(f"distill.deepspeed.{key} cannot be set: leave it out and set {OWN_DEEPSPEED[key]}")
+        return value
+
 
 # A parameter of each merged model.
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -465,6 +495,22 @@ class TeachResources(WorkerResources):
     )
 
 
+class DistillResources(WorkerResources):
+    """The workers of one training."""
+
+    gpu_memory_gb: float | None = Field(
+        None, gt=0, description="memory of one GPU, for plan's check that training has room; null: not checked"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_many(cls, value: object) -> object:
+        """All of max_workers, unless it is said that fewer will do: then a training goes on with what is left of its nodes, and grows again."""
+        if isinstance(value, dict) and "max_workers" in value and "min_workers" not in value:
+            return value | {"min_workers": value["max_workers"]}
+        return value
+
+
 class ResourcesConfig(Section):
     """Where and how wide a run goes; alone differs between a laptop and a cluster and never enters a key."""
 
@@ -474,7 +520,7 @@ class ResourcesConfig(Section):
     branches: int = Field(2, ge=1, description="stages of different branches that may run side by side")
     teach: TeachResources = Field(default_factory=TeachResources)
     align: WorkerResources = Field(default_factory=WorkerResources)
-    distill: WorkerResources = Field(default_factory=WorkerResources)
+    distill: DistillResources = Field(default_factory=DistillResources)
     merge: WorkerResources = Field(default_factory=WorkerResources)
     serve: WorkerResources = Field(default_factory=WorkerResources)
     evaluate: WorkerResources = Field(default_factory=WorkerResources)

@@ -1,15 +1,18 @@
 """`fusion-ray export` and `fusion-ray import`: rows of artefacts in DistillKit's layout (logprobs/distillkit.py) or as lines of JSON. Called by cli.py.
 
 Beside DistillKit's files an export keeps what they have no place for in `_fusion_ray/` (loaders of data sets pass over such names): the shard without its
-top-k. An import takes it from there, or finds it by rendering the corpus again.
+top-k. An import takes it from there, or finds it by rendering the corpus again. It knows of each row where it lies and holds those of one shard of the corpus.
 """
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,13 +28,19 @@ from fusion_ray.logprobs.distillkit import Dtype, SparseRow, configuration, read
 from fusion_ray.logprobs.distillkit import to_table as to_distillkit
 from fusion_ray.models import local_folder
 from fusion_ray.records import Conversation, teacher_schema, top_k_of
-from fusion_ray.store import Unit
+
+if TYPE_CHECKING:
+    from fusion_ray.corpus.spans import Located  # imports transformers, which is needed where spans are made anew
 
 Form = Literal["distillkit", "jsonl"]
 CONFIGURATION = "compression_config.yaml"
 FACTS = "_fusion_ray"
 OF = "artefact.json"  # within FACTS: which artefact was exported
 TOP_K = ("topk_ids", "topk_logprobs")
+BATCH_ROWS = 32  # of a Parquet file, decoded at a time
+BUFFER_BYTES = 1 << 20
+
+Place = tuple[int, int]  # of a row: the number of its file and its own in there
 
 
 def export_rows(path: str, out: Path, *, form: Form, dtype: Dtype, model: str | None) -> str:
@@ -145,7 +154,7 @@ def import_rows(folder: Path, config: FusionConfig, teacher: str) -> str:
 
 
 class _Importer:
-    """Reads the files once, then writes a shard for each of the corpus."""
+    """Looks once where each row lies, then reads those of a shard of the corpus at a time."""
 
     def __init__(
         self,
@@ -158,47 +167,49 @@ class _Importer:
         self.folder, self.compression, self.model, self.template = folder, compression, model, template
         self.top_k, self.max_length = config.teach.top_k, config.teach.max_length
         self.max_rejected = config.corpus.max_rejected
+        self.whole = (folder / FACTS).is_dir()
         self.bounded = 0
+        self._files = sorted(folder.glob("*.parquet"))
+        self._opened: tuple[int, _File, _File] | None = None
 
     def run(self, corpus: Node, node: Node) -> str:
-        whole = (self.folder / FACTS).is_dir()
-        if whole:
+        if self.whole:
             self._check_origin(node)
-        found = self._restored() if whole else self._located(corpus)
-        units, rejected = [], []
-        shards = [unit for unit in corpus.artifact.manifest().units if unit.name != REJECTED]
-        kept: list[tuple[Unit, list[TeacherRow]]] = []
-        for shard in shards:
-            rows = []
-            for conversation in decode_conversations(corpus.artifact.read_bytes(shard.name)):
-                row = found.get(conversation.id)
-                if row is None:
-                    rejected.append(conversation.id)
-                else:
-                    rows.append(row)
-            kept.append((shard, rows))
-        total = sum(len(rows) for _, rows in kept)
-        if not total or len(rejected) > self.max_rejected * (total + len(rejected)):
-            raise ValueError(
-                f"{len(rejected)} of {total + len(rejected)} conversations of the corpus have no row in {self.folder}, more than corpus.max_rejected = "
-                f"{self.max_rejected} allows; the first is {rejected[0]!r}. Give the files that were made from this corpus with the model {self.model.name} "
-                "and its chat template"
-            )
-        positions = sum(len(row.position) for _, rows in kept for row in rows)
-        size = sum(int((row.byte_end - row.byte_start).sum()) for _, rows in kept for row in rows)
+        if not self._files:
+            raise ConfigError(f"there is no Parquet file in {self.folder}")
+        rows_of = self._by_id() if self.whole else self._by_tokens()
+        rejected: list[str] = []
+        counts: list[tuple[str, int]] = []
+        total = positions = tokens = size = 0
         bits = 0.0
-        for shard, rows in kept:
-            bits += sum(
-                float(-row.label_logprob[row.byte_end > row.byte_start].astype(np.float64).sum()) for row in rows
-            ) / np.log(2)
-            units.append(
-                node.artifact.commit_bytes(shard.name, encode(to_table(rows, top_k=self.top_k)), rows=len(rows))
-            )
+        with tempfile.TemporaryDirectory() as scratch:
+            for shard in corpus.artifact.manifest().units:
+                if shard.name == REJECTED:
+                    continue
+                conversations = decode_conversations(corpus.artifact.read_bytes(shard.name))
+                found = rows_of(conversations)
+                rejected += [each.id for each in conversations if each.id not in found]
+                rows = [found[each.id] for each in conversations if each.id in found]
+                Path(scratch, shard.name).write_bytes(encode(to_table(rows, top_k=self.top_k)))
+                counts.append((shard.name, len(rows)))
+                total += len(rows)
+                positions += sum(len(row.position) for row in rows)
+                tokens += sum(len(row.ids) for row in rows)
+                size += sum(int((row.byte_end - row.byte_start).sum()) for row in rows)
+                bits += sum(map(_nats, rows)) / np.log(2)
+            if not total or len(rejected) > self.max_rejected * (total + len(rejected)):
+                raise ValueError(
+                    f"{len(rejected)} of {total + len(rejected)} conversations of the corpus have no row in {self.folder}, more than corpus.max_rejected = "
+                    f"{self.max_rejected} allows; the first is {rejected[0]!r}. Give the files that were made from this corpus with the model "
+                    f"{self.model.name} and its chat template"
+                )
+            # Not before it is known that enough is there: a teach stage would take the shards of an import that failed for its own.
+            units = [node.artifact.commit_file(name, Path(scratch, name), rows=count) for name, count in counts]
         units.append(node.artifact.commit_bytes(REJECTED, encode_rejected([])))
         info = {
             "rows": total,
             "positions": positions,
-            "tokens": sum(len(row.ids) for _, rows in kept for row in rows),
+            "tokens": tokens,
             "bytes": size,
             "cut_rows": 0,
             "cut_turns": 0,
@@ -231,47 +242,81 @@ class _Importer:
                 f"or remove {self.folder / FACTS} to have the rows matched with this corpus by their tokens"
             )
 
-    def _files(self) -> list[Path]:
-        files = sorted(self.folder.glob("*.parquet"))
-        if not files:
-            raise ConfigError(f"there is no Parquet file in {self.folder}")
-        return files
+    def _open(self, number: int) -> "tuple[_File, _File]":
+        """A file and, of an export, its facts (else the file again); one of them is open at a time."""
+        if self._opened is None or self._opened[0] != number:
+            path = self._files[number]
+            file = _File(path)
+            self._opened = number, file, _File(self.folder / FACTS / path.name) if self.whole else file
+        return self._opened[1:]
 
-    def _entries(self, file: Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def _check_file(self, file: "_File") -> None:
+        """Raises ValueError naming a file that is not of the layout or whose compression is not read."""
+        with _naming(file.path):
+            next(read_table(file.schema.empty_table(), self.compression), None)
+
+    def _entry(self, file: "_File", number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        table = file.row(number)
         try:
-            yield from read_table(pq.read_table(file), self.compression)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{file}: {str(error).splitlines()[0]}") from error
+            (entry,) = read_table(table, self.compression)
+        except ValueError as error:  # which counts within a table of one row
+            raise ValueError(f"{file.path}: {str(error).replace('row 0 ', f'row {number} ', 1)}") from error
+        return entry
 
-    def _restored(self) -> dict[str, TeacherRow]:
-        """The rows of an export, by id."""
-        rows: dict[str, TeacherRow] = {}
-        for file in self._files():
-            facts = pq.read_table(self.folder / FACTS / file.name)
-            entries = list(self._entries(file))
-            if len(entries) != facts.num_rows:
-                raise ValueError(f"{file} has {len(entries)} rows, its facts in {FACTS} {facts.num_rows}: export again")
-            position = facts["position"].to_pylist()
-            for column, n, kind in (("topk_ids", 1, np.int32), ("topk_logprobs", 2, np.float16)):
-                values = [entry[n][at].astype(kind).reshape(-1) for entry, at in zip(entries, position, strict=True)]
-                facts = facts.append_column(column, pa.array(values, teacher_schema(self.top_k).field(column).type))
-            schema = teacher_schema(self.top_k)
-            facts = facts.select(schema.names).cast(schema)
-            rows |= {row.id: row for row in from_table(facts)}
-        return rows
+    def _by_id(self) -> Callable[[Sequence[Conversation]], dict[str, TeacherRow]]:
+        """What finds the rows of an export, by their ids."""
+        places: dict[str, Place] = {}
+        for number in range(len(self._files)):
+            file, facts = self._open(number)
+            self._check_file(file)
+            if file.rows != facts.rows:
+                raise ValueError(f"{file.path} has {file.rows} rows, its facts in {FACTS} {facts.rows}: export again")
+            places |= {str(name): (number, at) for at, name in enumerate(facts.values("id"))}
 
-    def _located(self, corpus: Node) -> dict[str, TeacherRow]:
-        """The rows of DistillKit's own files by the id of the conversation that renders to their tokens; a row may be cut or have one token more."""
-        by_tokens: dict[bytes, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-        for file in self._files():
-            for entry in self._entries(file):
-                by_tokens[entry[0][: len(entry[1])].tobytes()] = entry
-                by_tokens[entry[0].tobytes()] = entry
-        return {row.id: row for row in self._match(corpus, by_tokens)}
+        def rows_of(conversations: Sequence[Conversation]) -> dict[str, TeacherRow]:
+            wanted = sorted((places[each.id], each.id) for each in conversations if each.id in places)
+            return {name: self._restored(place) for place, name in wanted}
 
-    def _match(
-        self, corpus: Node, by_tokens: Mapping[bytes, tuple[np.ndarray, np.ndarray, np.ndarray]]
-    ) -> Iterator[TeacherRow]:
+        return rows_of
+
+    def _restored(self, place: Place) -> TeacherRow:
+        """A row of an export."""
+        file, rest = self._open(place[0])
+        entry, facts = self._entry(file, place[1]), rest.row(place[1])
+        position = facts["position"][0].as_py()
+        schema = teacher_schema(self.top_k)
+        for column, n, kind in (("topk_ids", 1, np.int32), ("topk_logprobs", 2, np.float16)):
+            values = [entry[n][position].astype(kind).reshape(-1)]
+            facts = facts.append_column(column, pa.array(values, schema.field(column).type))
+        (row,) = from_table(facts.select(schema.names).cast(schema))
+        return row
+
+    def _by_tokens(self) -> Callable[[Sequence[Conversation]], dict[str, TeacherRow]]:
+        """What finds the rows of DistillKit's own files by the tokens of the conversation; a row may be cut or have one token more."""
+        places: dict[bytes, Place] = {}
+        for number in range(len(self._files)):
+            file, _ = self._open(number)
+            self._check_file(file)
+            for at, tokens in enumerate(file.values("input_ids")):
+                ids = np.asarray(tokens, np.int64).astype(np.int32)
+                places[_digest(ids)] = (number, at)
+                places.setdefault(_digest(ids[:-1]), (number, at))
+        locator = self._locator()
+
+        def rows_of(conversations: Sequence[Conversation]) -> dict[str, TeacherRow]:
+            wanted = []
+            for each in conversations:
+                located = locator(each)
+                place = None if located is None else places.get(_digest(located.ids))
+                if located is not None and place is not None and len(located.position):
+                    wanted.append((place, each.id, located))
+            wanted.sort(key=lambda one: one[:2])
+            return {name: self._labelled(place, name, located) for place, name, located in wanted}
+
+        return rows_of
+
+    def _locator(self) -> "Callable[[Conversation], Located | None]":
+        """What renders a conversation as the model reads it; it gives None for one whose text is not found in that."""
         from transformers import AutoTokenizer  # slow to import, needed where spans are made anew
 
         from fusion_ray.corpus.spans import Locator
@@ -287,28 +332,85 @@ class _Importer:
             template=None if self.template is None else tokenizer(self.template),
             name=self.model.name,
         )
-        for conversation in _conversations(corpus):
+
+        def located(conversation: Conversation) -> "Located | None":
             try:
-                located = locator.locate(conversation.messages).cut_after_turn(self.max_length)
+                return locator.locate(conversation.messages).cut_after_turn(self.max_length)
             except UnlocatedError:
-                continue
-            entry = by_tokens.get(located.ids.tobytes())
-            if entry is None or not len(located.position):
-                continue
-            ids, logprobs = (values[located.position] for values in entry[1:])
-            labels, bounded = label_logprobs(ids, logprobs, located.labels)
-            self.bounded += bounded
-            yield TeacherRow(
-                conversation.id,
-                located.ids,
-                located.position,
-                located.byte_start,
-                located.byte_end,
-                located.message,
-                ids,
-                logprobs.astype(np.float16),
-                labels,
-            )
+                return None
+
+        return located
+
+    def _labelled(self, place: Place, name: str, located: "Located") -> TeacherRow:
+        """A row of DistillKit's own files with what the rendering says of its positions."""
+        entry = self._entry(self._open(place[0])[0], place[1])
+        ids, logprobs = (values[located.position] for values in entry[1:])
+        labels, bounded = label_logprobs(ids, logprobs, located.labels)
+        self.bounded += bounded
+        return TeacherRow(
+            name,
+            located.ids,
+            located.position,
+            located.byte_start,
+            located.byte_end,
+            located.message,
+            ids,
+            logprobs.astype(np.float16),
+            labels,
+        )
+
+
+class _File:
+    """A Parquet file, of which a batch of rows is held at a time: to ask for rows in rising order is to read it once. Errors name it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _naming(path):
+            self._file = pq.ParquetFile(path, buffer_size=BUFFER_BYTES)
+        metadata = self._file.metadata
+        groups = (metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
+        self._starts = np.cumsum([0, *groups])  # of the row groups
+        self.rows: int = metadata.num_rows
+        self.schema: pa.Schema = self._file.schema_arrow
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._batch: pa.RecordBatch = None
+        self._group, self._first = -1, 0
+
+    def values(self, name: str) -> Iterator[object]:
+        """Of one column, every row."""
+        with _naming(self.path):
+            for batch in self._file.iter_batches(BATCH_ROWS, columns=[name]):
+                yield from batch[name].to_pylist()
+
+    def row(self, number: int) -> pa.Table:
+        """A copy of the row; the batch that it is in is not kept alive by it."""
+        group = int(np.searchsorted(self._starts, number, "right")) - 1
+        with _naming(self.path):
+            if group != self._group or number < self._first:
+                self._batches = self._file.iter_batches(BATCH_ROWS, row_groups=[group])
+                self._group, self._first, self._batch = group, int(self._starts[group]), next(self._batches)
+            while number >= self._first + self._batch.num_rows:
+                self._first += self._batch.num_rows
+                self._batch = next(self._batches)
+            return pa.Table.from_batches([self._batch.take(pa.array([number - self._first]))])
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """What cannot be read is told with its file."""
+    try:
+        yield
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise ValueError(f"{file}: {str(error).splitlines()[0]}") from error
+
+
+def _digest(ids: np.ndarray) -> bytes:
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+
+
+def _nats(row: TeacherRow) -> float:
+    """The label's cross-entropy over the positions that tell bytes."""
+    return float(-row.label_logprob[row.byte_end > row.byte_start].astype(np.float64).sum())
 
 
 def label_logprobs(ids: np.ndarray, logprobs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, int]:
@@ -323,12 +425,6 @@ def label_logprobs(ids: np.ndarray, logprobs: np.ndarray, labels: np.ndarray) ->
     bound = np.minimum(logprobs.min(axis=1, initial=0), rest)
     own = np.take_along_axis(logprobs, hit.argmax(axis=1)[:, None], axis=1)[:, 0]
     return np.where(inside, own, bound).astype(np.float32), int((~inside).sum())
-
-
-def _conversations(corpus: Node) -> Iterator[Conversation]:
-    for unit in corpus.artifact.manifest().units:
-        if unit.name != REJECTED:
-            yield from decode_conversations(corpus.artifact.read_bytes(unit.name))
 
 
 def _compression(folder: Path) -> dict[str, object]:

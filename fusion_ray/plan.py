@@ -6,15 +6,16 @@ Everything is read from headers and file sizes; imports no torch, no ray. The es
 import json
 import math
 import os
+import re
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 
-from fusion_ray.config import ConfigError, FusionConfig, LoraConfig, ModelConfig, is_url
+from fusion_ray.config import ConfigError, FusionConfig, LoraConfig, ModelConfig, PivotConfig, is_url
 from fusion_ray.graph import SFT, Graph, Node, build_graph
 from fusion_ray.workers.engine_sizes import Sizes, engine_sizes, merged, parallel, rows_bytes, shape_of
 
@@ -23,9 +24,18 @@ ASSISTANT_SHARE = 0.6  # of a chat corpus's bytes
 BYTES_PER_POSITION = {"fixed": 12, "per_k": 3.3}  # a teacher row on disk: 45 bytes at K = 10 (design.md section 5)
 ACCELERATOR_FLOPS = 4e14 * 0.4  # bf16 at 40% utilisation of a current data-centre card
 CPU_FLOPS = 5e10  # float32 on one core
-TRAINING_BYTES = 16  # a parameter in fp32 with gradient and two Adam moments
-WEIGHT_BYTES = 4  # of them, what stays where a parameter is not trained
+COMPUTE_BYTES = {"float32": 4, "bfloat16": 2}  # of a weight, by distill.precision; at ZeRO stage 1 of its gradient too
+GRADIENT_BYTES = 4  # past stage 1 micro-batches are summed in float32 (workers/zero.py)
+MASTER_BYTES = 4  # of a trained weight in the optimizer, float32 whatever the precision
+MOMENT_BYTES = 8  # of Adam's two moments of a trained weight, float32
 GIB = 1 << 30
+INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"^(.*)-(\d+)-of-(\d+)\.safetensors$")
+SHOWN = 3  # missing files named in one problem
+# One of them is there where a model has its tokenizer; the first two are what models are published with today.
+TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "*.tiktoken", "tekken.json", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,39 +57,105 @@ class Estimate:
     peak_bytes: float | None = None
 
 
-def model_size(folder: str) -> ModelSize | None:
-    """The sizes of a local model folder, from headers alone; None for a reference that is not local."""
+@dataclass(frozen=True)
+class TrainingState:
+    """Bytes of one worker, whatever the batch. `optimizer` is the master weights with their moments."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+
+
+def model_size(folder: str, *, name: str | None = None) -> ModelSize | None:
+    """The sizes of a local model folder, from headers alone; None for a reference that is not local.
+
+    Raises ConfigError, which calls the model `name`, for a config.json that cannot be read.
+    """
     path = Path(folder)
-    if is_url(folder) or not path.is_dir():
+    if not _is_local(folder):
         return None
     parameters = total = 0
     matrices: list[tuple[str, int, int]] = []
-    for file in sorted(path.glob("*.safetensors")):
+    for file in _weights(path):
         header, _ = _header(file)
         parameters += sum(math.prod(tensor["shape"]) for tensor in header.values())
         total += file.stat().st_size
         shapes = {name: each["shape"] for name, each in header.items()}
         matrices += [(name, shape[0], shape[1]) for name, shape in shapes.items() if len(shape) == 2]
-    config = json.loads((path / "config.json").read_text())
-    return ModelSize(parameters, total, int(config.get("vocab_size", 0)), tuple(matrices))
+    vocabulary = _fields(path, name or folder).get("vocab_size") or 0
+    assert isinstance(vocabulary, int)
+    return ModelSize(parameters, total, vocabulary, tuple(matrices))
+
+
+def _sizes(config: FusionConfig) -> dict[str, ModelSize | None]:
+    """By model; None also for one whose config.json cannot be read, which is a problem of its own."""
+    sizes: dict[str, ModelSize | None] = {}
+    for model in config.models.values():
+        try:
+            sizes[model.name] = model_size(model.path, name=model.name)
+        except ConfigError:
+            sizes[model.name] = None
+    return sizes
+
+
+def _is_local(path: str) -> bool:
+    return not is_url(path) and Path(path).is_dir()
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*.safetensors") if file.is_file())
+
+
+def _object(file: Path, model: str) -> dict[str, object]:
+    """The JSON object in a file of a model. Raises ConfigError naming both for what is none."""
+    try:
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError(f"model {model!r}: {file} cannot be read as JSON ({why}): fetch it again") from error
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"model {model!r}: {file} holds a {type(value).__name__}, expected a JSON object: fetch it again"
+        )
+    return value
+
+
+def _fields(folder: Path, model: str) -> dict[str, object]:
+    """What config.json says of the model, the fields of its language model over the others. Raises ConfigError for what is not of that form."""
+    file = folder / "config.json"
+    fields = _object(file, model)
+    text = fields.get("text_config") or {}
+    if not isinstance(text, dict):
+        raise ConfigError(
+            f"model {model!r}: `text_config` in {file} is a {type(text).__name__}, expected a JSON object: fetch it again"
+        )
+    fields |= text
+    size = fields.get("vocab_size")
+    if size is not None and not (isinstance(size, int) and size > 0):
+        raise ConfigError(
+            f"model {model!r}: `vocab_size` in {file} is {size!r}, expected a positive whole number: fetch it again"
+        )
+    return fields
 
 
 def _header(file: Path) -> tuple[dict[str, dict[str, list[int]]], int]:
     """Tensors of a safetensors file (name to dtype, shape, data_offsets) and the bytes that the file should have; ({}, -1) for an unreadable header."""
-    with open(file, "rb") as handle:
-        try:
+    try:
+        with open(file, "rb") as handle:
             length = struct.unpack("<Q", handle.read(8))[0]
             header = json.loads(handle.read(min(length, file.stat().st_size)))
-            header.pop("__metadata__", None)
-            return header, 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        except (struct.error, ValueError, AttributeError, TypeError, KeyError):
-            return {}, -1
+        header.pop("__metadata__", None)
+        for tensor in header.values():
+            math.prod(int(size) for size in tensor["shape"])
+        return header, 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    except (OSError, struct.error, ValueError, AttributeError, TypeError, LookupError, RecursionError):
+        return {}, -1
 
 
 def plan_table(config: FusionConfig) -> tuple[Table, list[str]]:
     """The table of nodes with their estimates, and the problems found. Raises ConfigError as build_graph does."""
     graph = build_graph(config)
-    sizes = {model.name: model_size(model.path) for model in (config.pivot, *config.sources)}
+    sizes = _sizes(config)
     unit = "GPU" if config.resources.teach.gpus else "CPU"
     table = Table(title=f"plan of run {config.run.name} in {config.run.storage}", title_justify="left")
     for header in ("stage", "branch", "key", "state"):
@@ -132,7 +208,8 @@ def estimate(config: FusionConfig, graph: Graph, node: Node, sizes: dict[str, Mo
         passes = 3 + config.distill.gradient_checkpointing - (config.distill.lora is not None)
         seconds = 2 * passes * pivot.parameters * tokens * config.distill.epochs / speed
         head = config.distill.head_chunk * pivot.vocabulary * 12
-        return Estimate(pivot.bytes, seconds, training_state(config, pivot) + head)
+        on_gpu, on_host = _placed(config, training_state(config, pivot))
+        return Estimate(pivot.bytes, seconds, head + (on_gpu if config.resources.distill.gpus else on_host))
     if node.stage == "merge":
         targets = sum(name != SFT for name in graph.distill)
         return Estimate(pivot.bytes, (targets + 1) * pivot.bytes / 1e9, float(config.merge.max_bytes_in_flight))
@@ -141,14 +218,11 @@ def estimate(config: FusionConfig, graph: Graph, node: Node, sizes: dict[str, Mo
 
 def engine_of(config: FusionConfig, model: ModelConfig) -> Sizes | None:
     """What the engine of a local model's teacher is started with; None for a model that is not local or whose config does not tell its sizes."""
-    path = Path(model.path) / "config.json"
-    if is_url(model.path) or not path.is_file():
+    if not _is_local(model.path):
         return None
-    fields = json.loads(path.read_text())
-    fields |= fields.get("text_config") or {}
     try:
-        shape = shape_of(fields.get)
-    except KeyError:
+        shape = shape_of(_fields(Path(model.path), model.name).get)
+    except (ConfigError, KeyError, TypeError, ZeroDivisionError, AssertionError):  # a field of another form
         return None
     resources = config.resources.teach
     return engine_sizes(
@@ -166,7 +240,7 @@ def _teacher(config: FusionConfig, model: ModelConfig, sizes: dict[str, ModelSiz
         return f"teach:{model.name} asks {model.endpoint.url}, {model.endpoint.concurrency} requests at a time"
     needs, size = engine_of(config, model), sizes[model.name]
     if needs is None or size is None:
-        return f"teach:{model.name} is not known before its config.json is here"
+        return f"teach:{model.name} is not known before a config.json that tells its sizes is here"
     rows = rows_bytes(needs, rows=config.corpus.rows_per_shard, top_k=config.teach.top_k)
     cache = "the rest of the GPU" if needs.cache_bytes is None else _size(needs.cache_bytes)
     return (
@@ -191,13 +265,37 @@ def _teach_problems(config: FusionConfig, sizes: dict[str, ModelSize | None]) ->
             yield f"`endpoint.api_key_env` of {model.name} is {key}, which is not set: set it, or leave it out for a server without a key"
 
 
-def training_state(config: FusionConfig, pivot: ModelSize) -> float:
-    """Bytes of one worker for weights, gradients and moments, whatever the batch."""
-    workers, lora = config.resources.distill.max_workers, config.distill.lora
-    trained = pivot.parameters if lora is None else adapter_parameters(lora, pivot)
-    weights = WEIGHT_BYTES * (trained if lora is None else trained + pivot.parameters)
-    learning = (TRAINING_BYTES - WEIGHT_BYTES) * trained
-    return (weights if config.distill.zero_stage < 3 else weights / workers) + learning / workers
+def training_state(config: FusionConfig, pivot: ModelSize) -> TrainingState:
+    """What ZeRO leaves of the state of training: stage 1 divides the optimizer's over the workers, 2 the gradients too, 3 the weights too."""
+    distill, workers = config.distill, config.resources.distill.max_workers
+    trained = pivot.parameters if distill.lora is None else adapter_parameters(distill.lora, pivot)
+    held = pivot.parameters + (0 if distill.lora is None else trained)
+    compute = COMPUTE_BYTES[distill.precision]
+    # At stage 3 the optimizer works on weights of its own type and place as they are.
+    shared = distill.zero_stage == 3 and compute == MASTER_BYTES and _offload(config, "offload_optimizer") is None
+    return TrainingState(
+        weights=compute * held / (workers if distill.zero_stage == 3 else 1),
+        gradients=compute * trained if distill.zero_stage == 1 else GRADIENT_BYTES * trained / workers,
+        optimizer=(MOMENT_BYTES + (0 if shared else MASTER_BYTES)) * trained / workers,
+    )
+
+
+def _offload(config: FusionConfig, name: str) -> str | None:
+    """The device that `distill.deepspeed` offloads to, of `offload_optimizer` or `offload_param`."""
+    zero = config.distill.deepspeed.get("zero_optimization")
+    entry = zero.get(name) if isinstance(zero, Mapping) else None
+    device = entry.get("device") if isinstance(entry, Mapping) else None
+    return None if device in (None, "none") else str(device)
+
+
+def _placed(config: FusionConfig, state: TrainingState) -> tuple[float, float]:
+    """Bytes of one worker's state on its GPU (without one: 0) and on its host. What is offloaded to a disk is in neither."""
+    on_gpu, on_host = state.gradients, 0.0
+    weights_to = _offload(config, "offload_param") if config.distill.zero_stage == 3 else None
+    for size, device in ((state.weights, weights_to), (state.optimizer, _offload(config, "offload_optimizer"))):
+        on_gpu += size if device is None else 0
+        on_host += size if device == "cpu" else 0
+    return (on_gpu, on_host) if config.resources.distill.gpus else (0.0, on_gpu + on_host)
 
 
 def adapter_parameters(lora: LoraConfig, model: ModelSize) -> int:
@@ -213,7 +311,7 @@ def adapter_parameters(lora: LoraConfig, model: ModelSize) -> int:
 
 def check(config: FusionConfig, graph: Graph) -> None:
     """Raises ConfigError with every problem that is found before anything starts. Called by a run that has work to do."""
-    sizes = {model.name: model_size(model.path) for model in (config.pivot, *config.sources)}
+    sizes = _sizes(config)
     written = sum(estimate(config, graph, node, sizes).bytes or 0 for node in graph if not node.artifact.sealed)
     found = list(problems(config, graph, sizes, written))
     if found:
@@ -242,10 +340,10 @@ def problems(config: FusionConfig, graph: Graph, sizes: dict[str, ModelSize | No
     if config.align.problem:
         yield config.align.problem
     for model in (config.pivot, *config.sources):
-        yield from _model_problems(model, sizes[model.name])
+        yield from _model_problems(model)
     pivot = sizes[config.pivot.name]
     if pivot is not None and any(not node.artifact.sealed for node in graph.distill.values()):
-        yield from _memory_problem(config, pivot)
+        yield from _memory_problems(config, graph, pivot)
     if config.distill.batch_size < config.resources.distill.max_workers:
         yield (
             f"distill.batch_size {config.distill.batch_size} is below resources.distill.max_workers "
@@ -253,49 +351,129 @@ def problems(config: FusionConfig, graph: Graph, sizes: dict[str, ModelSize | No
         )
 
 
-def _memory_problem(config: FusionConfig, pivot: ModelSize) -> Iterator[str]:
+def _memory_problems(config: FusionConfig, graph: Graph, pivot: ModelSize) -> Iterator[str]:
     """Where the state of training alone, which no setting of the batch changes, has no room."""
-    resources = config.resources.distill
-    if resources.gpus or "offload_optimizer" in str(config.distill.deepspeed):
-        return
-    state = training_state(config, pivot)
+    resources, state = config.resources.distill, training_state(config, pivot)
+    on_gpu, on_host = _placed(config, state)
+    if resources.gpus and resources.gpu_memory_gb is not None:
+        room = resources.gpu_memory_gb * GIB * min(1.0, resources.gpus)
+        what = f"resources.distill.gpu_memory_gb is {resources.gpu_memory_gb:g}"
+        if resources.gpus < 1:
+            what += f", of which a worker has {resources.gpus:g}"
+        if on_gpu > room:
+            yield _no_room(config, f"{_size(on_gpu)} on its GPU", what, ways=_ways(config))
+    local = config.resources.address is None and not os.environ.get("RAY_ADDRESS")
+    workers, branches = resources.max_workers, 1
     if resources.memory_gb is not None:
         room, what = resources.memory_gb * GIB, f"resources.distill.memory_gb is {resources.memory_gb:g}"
-    elif config.resources.address is None:
-        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / resources.max_workers
-        what = f"this machine has {_size(room)} for each of {resources.max_workers} workers"
+    elif local:
+        todo = sum(not node.artifact.sealed for node in graph.distill.values())
+        branches = max(1, min(config.resources.branches, todo))
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (workers * branches)
+        what = f"this machine has {_size(room)} for each of {workers * branches} workers"
+        if branches > 1:
+            what += f" ({branches} branches side by side)"
     else:
         return
-    if state > room:
-        adapters = "train adapters alone (distill.lora), " if config.distill.lora is None else ""
-        yield (
-            f"distill: a worker holds {_size(state)} of weights, gradients and optimizer state at distill.zero_stage {config.distill.zero_stage}, and {what}: "
-            f"set zero_stage to 3 and raise resources.distill.max_workers over more machines, {adapters}or take a smaller pivot"
-        )
+    if on_host > room:
+        held = f"{_size(on_host)} offloaded to its host" if resources.gpus else _size(on_host)
+        yield _no_room(config, held, what, ways=_ways(config, on_host=True, branches=branches))
 
 
-def _model_problems(model: ModelConfig, size: ModelSize | None) -> Iterator[str]:
-    path = Path(model.path)
-    if size is None:
+def _no_room(config: FusionConfig, held: str, what: str, *, ways: Sequence[str]) -> str:
+    *others, last = ways
+    advice = f"{', '.join(others)}, or {last}" if others else last
+    stage = config.distill.zero_stage
+    return f"distill: a worker holds {held} of the state of training (weights, gradients, optimizer) at distill.zero_stage {stage}, and {what}: {advice}"
+
+
+def _ways(config: FusionConfig, *, on_host: bool = False, branches: int = 1) -> list[str]:
+    """What would make room, of what is not set yet."""
+    distill, resources = config.distill, config.resources.distill
+    ways = []
+    more = f"raise resources.distill.max_workers from {resources.max_workers}"
+    if on_host and resources.memory_gb is None:
+        more += ", over more machines (resources.address)"
+    # What a GPU's host holds is offloaded state, which every stage divides.
+    offloaded = on_host and resources.gpus > 0
+    if distill.zero_stage < 3 and not offloaded:
+        ways.append("set distill.zero_stage to 3" + (f" and {more}" if resources.max_workers == 1 else ""))
+    if (distill.zero_stage >= 2 and (distill.zero_stage == 3 or resources.max_workers > 1)) or offloaded:
+        ways.append(more)
+    if branches > 1:
+        ways.append("set resources.branches to 1")
+    if not on_host and _offload(config, "offload_optimizer") is None:
+        ways.append("set distill.deepspeed.zero_optimization.offload_optimizer to {device: cpu}")
+    if distill.lora is None:
+        ways.append("train adapters alone (distill.lora)")
+    return [*ways, "take a smaller pivot"]
+
+
+def _model_problems(model: ModelConfig) -> Iterator[str]:
+    """What is missing or broken in a local model folder."""
+    if not _is_local(model.path):
         return
-    for file in sorted(path.glob("*.safetensors")):
+    for look in (_config_problems, _weight_problems, _index_problems, _tokenizer_problems):
+        try:
+            yield from look(model, Path(model.path))
+        except ConfigError as error:
+            yield str(error)
+
+
+def _config_problems(model: ModelConfig, path: Path) -> Iterator[str]:
+    """None of its own: a config.json that is not of its form raises."""
+    _fields(path, model.name)
+    yield from ()
+
+
+def _weight_problems(model: ModelConfig, path: Path) -> Iterator[str]:
+    files = _weights(path)
+    for file in files:
         wanted = _header(file)[1]
         if wanted != file.stat().st_size:
             what = (
                 "has no readable header" if wanted < 0 else f"has {file.stat().st_size} bytes, its header says {wanted}"
             )
             yield f"model {model.name!r}: {file} {what}: it is truncated or damaged; fetch it again"
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        shards = set(json.loads(index.read_text()).get("weight_map", {}).values())
-        for missing in sorted(shard for shard in shards if not (path / shard).exists()):
-            yield f"model {model.name!r}: {index} names {missing}, which is not there: fetch it again"
-    if not list(path.glob("*.safetensors")):
+    if not files:
         yield f"model {model.name!r}: {path} holds no safetensors weights; pickled weights are not loaded: convert them first"
-    tokenizer = path / "tokenizer_config.json"
+
+
+def _index_problems(model: ModelConfig, path: Path) -> Iterator[str]:
+    """Shards that are not there, by the index or, without one, by the numbers in the names of the others."""
+    index, names = path / INDEX, {file.name for file in _weights(path)}
+    if index.exists():
+        shards = _object(index, model.name).get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+            yield f"model {model.name!r}: `weight_map` in {index} does not name a file for each tensor: fetch it again"
+            return
+        for missing in sorted(set(shards.values()) - names):
+            yield f"model {model.name!r}: {index} names {missing}, which is not there: fetch it again"
+        return
+    numbered = [match for name in sorted(names) if (match := SHARD.match(name))]
+    if not numbered or "model.safetensors" in names:
+        return
+    for stem, count in sorted({(match[1], match[3]) for match in numbered}):
+        all_of = (f"{stem}-{number:0{len(count)}}-of-{count}.safetensors" for number in range(1, int(count) + 1))
+        missing = [name for name in all_of if name not in names]
+        if missing:
+            more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+            yield (
+                f"model {model.name!r}: {path} holds {int(count) - len(missing)} of {int(count)} shards, "
+                f"{', '.join(missing[:SHOWN])}{more} not: fetch what is missing, and {INDEX}"
+            )
+            return
+    if isinstance(model, PivotConfig):
+        yield f"model {model.name!r}: {path} has shards and no {INDEX}, which training and merging read: fetch it"
+
+
+def _tokenizer_problems(model: ModelConfig, path: Path) -> Iterator[str]:
+    if not any(file.is_file() for pattern in TOKENIZERS for file in path.glob(pattern)):
+        yield f"model {model.name!r}: {path} has no tokenizer ({TOKENIZERS[0]} or {TOKENIZERS[1]}): fetch it from where the model is from"
     template = (path / "chat_template.jinja").exists()
-    if tokenizer.exists():
-        template = template or "chat_template" in json.loads(tokenizer.read_text())
+    settings = path / "tokenizer_config.json"
+    if settings.exists():
+        template = bool(_object(settings, model.name).get("chat_template")) or template
     if not template:
         yield f"model {model.name!r}: {path} has no chat template (chat_template.jinja or in tokenizer_config.json)"
 

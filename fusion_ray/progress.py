@@ -1,9 +1,11 @@
 """What a person sees while a run goes on: rich bars on a terminal, plain lines elsewhere. Called by the command line."""
 
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -24,8 +26,8 @@ FIGURES = {
 }
 
 
-def describe(figures: Mapping[str, object]) -> str:
-    """Figures as words: `3/8 shards, 1,234 tok/s`."""
+def describe(figures: Mapping[str, object], *, eta: bool = False) -> str:
+    """Figures as words: `3/8 shards, 1,234 tok/s`. `eta` adds the time left, unless the stage's own message tells it."""
     parts = []
     if "done" in figures and "total" in figures:
         parts.append(f"{figures['done']}/{figures['total']} {figures.get('unit', '')}".strip())
@@ -33,9 +35,11 @@ def describe(figures: Mapping[str, object]) -> str:
         value = figures.get(name)
         if isinstance(value, int | float):
             parts.append(form.format(value))
-    message = figures.get("message")
+    message, left = str(figures.get("message") or ""), figures.get("eta_seconds")
+    if eta and isinstance(left, int | float) and math.isfinite(left) and left > 0 and "ETA" not in message:
+        parts.append(f"ETA {timedelta(seconds=round(left))}")
     if message:
-        parts.append(str(message))
+        parts.append(message)
     return ", ".join(parts)
 
 
@@ -60,7 +64,7 @@ class Lines:
             now = time.monotonic()
             if now - self._last.get(node.id, 0.0) >= self._every:
                 self._last[node.id] = now
-                self._line(f"{node.id} {describe(figures)}")
+                self._line(f"{node.id} {describe(figures, eta=True)}")
 
     def finished(self, node: Node, status: Status, seconds: float) -> None:
         with self._lock:

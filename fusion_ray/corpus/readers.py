@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fusion_ray.config import is_url
-from fusion_ray.corpus.rows import RowError, parse_row
+from fusion_ray.corpus.rows import RowError, keys_read, parse_row
 from fusion_ray.corpus.seen import Seen, id_digest
 from fusion_ray.records import Conversation
 
@@ -29,6 +29,8 @@ PARQUET_BYTES = 16 << 20  # rows of a Parquet file are decoded in batches of abo
 PARQUET_ROWS = 256
 SHOWN_CHARACTERS = 500  # of an id or a reason: both may quote a row
 TOO_LARGE = f"larger than the {MAX_ROW_BYTES >> 20} MiB that a row may have"
+# Of a value that Python has none for: text that is not UTF-8, a date out of its range, a time zone or a type that is not known here.
+_NO_VALUE = (ValueError, ArithmeticError, LookupError, pa.ArrowException)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def read_rows(
     path: str, *, format: str, dataset: str, key: str = "corpus.path"
 ) -> Iterator[tuple[int, Conversation | Rejected]]:
     """(row number, row) of one file, ids as they come. Raises ValueError naming `key` for a file that is missing, unreadable, broken or of an unknown kind."""
-    for number, row in _rows(path, key):
+    for number, row in _rows(path, format, key):
         given = ""
         try:
             if isinstance(row, RowError):
@@ -107,7 +109,7 @@ def _short(text: str) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
 
 
-def _rows(path: str, key: str) -> Iterator[tuple[int, object]]:
+def _rows(path: str, format: str, key: str) -> Iterator[tuple[int, object]]:
     """(row number, decoded row or RowError) of one file."""
     name = PurePosixPath(path).name.lower()
     packed = name.endswith(".zst")
@@ -116,7 +118,7 @@ def _rows(path: str, key: str) -> Iterator[tuple[int, object]]:
     try:
         if name.endswith(".parquet"):
             with fsspec.open(path, "rb") as file:
-                yield from _parquet_rows(file)
+                yield from _parquet_rows(file, keys_read(format))
         elif name.endswith((".jsonl", ".ndjson", ".json")):
             # Arrow reads zstd itself; fsspec would need one more package.
             with fsspec.open(path, "rb", compression=None if packed else "infer") as file:
@@ -134,8 +136,8 @@ def _rows(path: str, key: str) -> Iterator[tuple[int, object]]:
             f"{key} {path!r} cannot be read past row {error.row} ({error}): mend or fetch the file again; of JSON lines, one row a line, the broken row alone "
             "would be left out"
         ) from error
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{key} {path!r} is not a readable Parquet file: {error}") from error
+    except (pa.ArrowException, ArithmeticError) as error:
+        raise ValueError(f"{key} {path!r} is not a readable Parquet file: {error}; write it again") from error
     except (IsADirectoryError, PermissionError) as error:
         raise ValueError(f"{key} {path!r} cannot be read: {error.strerror or error}") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -232,23 +234,37 @@ def _json_values(file: IO[str]) -> Iterator[tuple[int, object]]:
         position, want = end, CHUNK
 
 
-def _parquet_rows(file: IO[bytes]) -> Iterator[tuple[int, object]]:
+def _parquet_rows(file: IO[bytes], keys: set[str]) -> Iterator[tuple[int, object]]:
+    """Rows with the values of the columns `keys`; the other columns, which could hold what Python has no value for, are there with None."""
     parquet = pq.ParquetFile(file)
+    names = list(dict.fromkeys(parquet.schema_arrow.names))
+    wanted = [name for name in names if name in keys]
     groups = [parquet.metadata.row_group(n) for n in range(parquet.metadata.num_row_groups)]
     largest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
+    empty: dict[str, object] = dict.fromkeys(names)
+    if not wanted:
+        yield from ((number, empty) for number in range(1, parquet.metadata.num_rows + 1))
+        return
     number = 0
-    for batch in parquet.iter_batches(batch_size=max(1, min(PARQUET_ROWS, PARQUET_BYTES // max(1, largest)))):
+    size = max(1, min(PARQUET_ROWS, PARQUET_BYTES // max(1, largest)))
+    for read in parquet.iter_batches(batch_size=size, columns=wanted):
+        batch = read.select(wanted)  # the reader takes `id` for `id.x` too
         try:
-            rows: list[object] = batch.to_pylist()
-        except UnicodeDecodeError:
-            rows = [_parquet_row(batch.slice(place, 1)) for place in range(batch.num_rows)]
+            rows: list[object] = [empty | row for row in batch.to_pylist()]
+        except _NO_VALUE:
+            rows = [_parquet_row(batch.slice(place, 1), empty) for place in range(batch.num_rows)]
         for row in rows:
             number += 1
             yield number, row
 
 
-def _parquet_row(batch: pa.RecordBatch) -> object:
-    try:
-        return batch.to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return RowError(f"text that is not UTF-8, at byte {error.start}")
+def _parquet_row(batch: pa.RecordBatch, empty: dict[str, object]) -> object:
+    row = dict(empty)
+    for name in batch.schema.names:
+        try:
+            row[name] = batch[name][0].as_py()
+        except UnicodeDecodeError as error:
+            return RowError(f"text that is not UTF-8, at byte {error.start}")
+        except _NO_VALUE as error:
+            return RowError(f"`{name}` cannot be read: {error}")
+    return row

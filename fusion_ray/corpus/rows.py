@@ -28,6 +28,7 @@ _FORMAT_KEYS = {
     "alpaca": ("instruction", "output"),
     "prompt": ("prompt", "completion"),
 }
+_OTHER_KEYS = {"alpaca": ("input", "system"), "prompt": ("system",)}
 
 
 class RowError(ValueError):
@@ -50,6 +51,12 @@ def parse_row(row: object, *, format: str, dataset: str) -> Conversation:
         messages = _pair(row, _text(row.get("prompt"), "prompt"), _text(row.get("completion"), "completion"))
     _check(messages)
     return Conversation(_id(row, messages), tuple(messages), dataset)
+
+
+def keys_read(format: str) -> set[str]:
+    """The keys of a row that `parse_row` looks at."""
+    kinds = _FORMAT_KEYS if format == "auto" else (format,)
+    return {"id"}.union(*(_FORMAT_KEYS[kind] + _OTHER_KEYS.get(kind, ()) for kind in kinds))
 
 
 def content_id(messages: Sequence[Message]) -> str:
@@ -126,5 +133,5 @@ def _id(row: Mapping[str, object], messages: Sequence[Message]) -> str:
     if given is None or given == "":
         return content_id(messages)
     if isinstance(given, bool) or not isinstance(given, str | int):
-        raise RowError(f"`id` is a {type(given).__name__}, expected text or a number")
+        raise RowError(f"`id` is a {type(given).__name__}, expected text or a whole number")
     return _text(str(given), "`id`")

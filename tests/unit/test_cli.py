@@ -24,6 +24,7 @@ def run_yaml(tmp_path: Path) -> Path:
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({"vocab_size": 10, "name": name}))
         (folder / "chat_template.jinja").write_text("{{ messages }}")
+        (folder / "tokenizer.json").write_text("{}")
         header = json.dumps({"w": {"dtype": "F32", "shape": [10, 4], "data_offsets": [0, 160]}}).encode()
         (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(160))
     (tmp_path / "rows.jsonl").write_text("{}\n")

@@ -78,6 +78,33 @@ def test_bad_values_are_named_and_explained(change: dict[str, object], words: li
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("deepspeed", "words"),
+    [
+        ({"train_batch_size": 8}, "train_batch_size cannot be set: leave it out and set distill.batch_size"),
+        ({"train_micro_batch_size_per_gpu": 8}, "set distill.micro_batch_size"),
+        ({"gradient_accumulation_steps": 2}, "set distill.batch_size (the micro-batches"),
+        ({"zero_optimization": {"stage": 3}}, "distill.deepspeed.zero_optimization.stage cannot be set: leave it out and set distill.zero_stage"),
+        ({"fp16": {"enabled": True}}, "set distill.precision"),
+        ({"bf16": {"enabled": False}}, "set distill.precision"),
+        ({"gradient_clipping": 0.5}, "set distill.max_grad_norm"),
+        ({"optimizer": {"type": "Adam"}}, "set distill.learning_rate, distill.betas and distill.weight_decay"),
+        ({"scheduler": {"type": "WarmupLR"}}, "set distill.schedule, distill.learning_rate and distill.warmup_ratio"),
+        ({"zero_optimization": 3}, "distill.deepspeed.zero_optimization is 3, expected DeepSpeed's keys of it"),
+    ],
+)  # fmt: skip
+def test_deepspeed_s_keys_that_the_config_has_are_refused(deepspeed: object, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(MINIMAL | {"distill": {"deepspeed": deepspeed}})
+    assert str(caught.value).startswith("`distill.deepspeed`: ")
+    assert words in str(caught.value)
+
+
+def test_deepspeed_s_other_keys_are_passed_on() -> None:
+    deepspeed = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "wall_clock_breakdown": True}
+    assert parse_config(MINIMAL | {"distill": {"deepspeed": deepspeed}}).distill.deepspeed == deepspeed
+
+
 def test_lora_is_off_until_its_section_is_there(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL_YAML)
     assert load_config(path).distill.lora is None

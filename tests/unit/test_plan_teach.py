@@ -27,6 +27,7 @@ def config_of(tmp_path: Path, *, endpoint: object = None, **sections: object) ->
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps(FIELDS))
         (folder / "chat_template.jinja").write_text("x")
+        (folder / "tokenizer.json").write_text("{}")
         save_file({"weight": np.zeros((8, 4), np.float32)}, folder / "model.safetensors")
     (tmp_path / "corpus.jsonl").write_text("{}")
     source: dict[str, object] = {"name": "a", "path": str(tmp_path / "a")}

@@ -24,6 +24,29 @@ def test_figures_as_words() -> None:
     assert describe({}) == ""
 
 
+def test_plain_lines_tell_the_time_left_once(tmp_path: Path) -> None:
+    out = io.StringIO()
+    lines = Lines(Console(file=out, width=200), every=0)
+    node = Node("distill", "a", Store(str(tmp_path)).artifact("distill", 1, {}, {}))
+    figures = {"done": 3, "total": 8, "unit": "steps", "eta_seconds": 3725.4}
+    for more in (
+        {},
+        {"message": "saved"},
+        {"message": "2 rows missing, ETA 1:00:00"},
+        {"eta_seconds": float("nan")},
+        {"eta_seconds": 0.0},
+    ):
+        lines.progressed(node, figures | more)
+    assert [line.partition("3/8 steps")[2] for line in out.getvalue().splitlines()] == [
+        ", ETA 1:02:05",
+        ", ETA 1:02:05, saved",
+        ", 2 rows missing, ETA 1:00:00",
+        "",
+        "",
+    ]
+    assert describe(figures) == "3/8 steps"  # a bar has a column for it
+
+
 def test_lines_are_bounded_and_name_the_node(tmp_path: Path) -> None:
     out = io.StringIO()
     lines = Lines(Console(file=out, width=200), every=3600)

@@ -48,7 +48,7 @@ BAD = {
     "an image": (chat({"role": "user", "content": [{"type": "image"}]}).encode(), "content part that is not text"),
     "role missing": (chat({"content": "x"}, ANSWER).encode(), "unknown role None"),
     "role unknown": (chat(USER, {"role": "tool", "content": "x"}).encode(), "unknown role 'tool'"),
-    "id of a wrong type": (b'{"id": 1.5, "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}', "`id` is a float"),
+    "id of a wrong type": (b'{"id": 1.5, "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}', "text or a whole number"),
     "empty": (b'{"messages": []}', "no assistant turn"),
     "empty answer": (chat(USER, {"role": "assistant", "content": " \n"}).encode(), "message 1 is an empty assistant message"),
     "no assistant turn": (chat(SYSTEM, USER).encode(), "no assistant turn"),
@@ -138,6 +138,60 @@ def test_parquet_rows_of_wrong_types(tmp_path: Path) -> None:
     assert "messages[1] is a NoneType" in first.reason
     assert isinstance(second, Rejected)
     assert isinstance(third, Conversation)
+
+
+NEVER = pa.array([2**62, 0, 0], pa.timestamp("us"))  # a date that Python has no value for
+
+
+@pytest.mark.parametrize("format", ["auto", "prompt"])
+def test_a_parquet_column_that_no_format_needs_is_not_read(tmp_path: Path, format: str) -> None:
+    path = tmp_path / "data.parquet"
+    pq.write_table(pa.table({"created": NEVER, "prompt": ["a", "b", "c"], "completion": ["x", "y", None]}), path)
+    first, second, third = read_conversations([str(path)], format=format)
+    assert isinstance(first, Conversation)
+    assert isinstance(second, Conversation)
+    assert isinstance(third, Rejected)
+    if format == "auto":
+        assert "the row has the keys ['completion', 'created', 'prompt']" in third.reason
+
+
+def test_a_parquet_column_of_another_format_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    pq.write_table(pa.table({"messages": NEVER, "prompt": ["a"] * 3, "completion": ["x", "y", "z"]}), path)
+    rows = list(read_conversations([str(path)], format="prompt"))
+    assert [type(row) for row in rows] == [Conversation] * 3
+
+
+def test_a_parquet_file_with_none_of_the_columns_tells_those_that_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    pq.write_table(pa.table({"created": NEVER, "text": ["a", "b", "c"]}), path)
+    found = everything(path)
+    assert [row.row for row in found if isinstance(row, Rejected)] == [1, 2, 3]
+    assert isinstance(found[0], Rejected)
+    assert "the row has the keys ['created', 'text'], expected one of" in found[0].reason
+
+
+def test_a_parquet_value_that_cannot_be_read_rejects_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    pq.write_table(pa.table({"id": NEVER, "prompt": ["a"] * 3, "completion": ["x", "y", "z"]}), path)
+    first, *_ = everything(path)
+    assert isinstance(first, Rejected)
+    assert first.row == 1
+    assert first.reason.startswith("`id` cannot be read: ")
+
+
+@pytest.mark.parametrize("error", [pa.ArrowNotImplementedError("no such type"), OverflowError("too large")])
+def test_a_parquet_batch_that_cannot_be_decoded_names_key_and_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise error
+
+    path = tmp_path / "data.parquet"
+    pq.write_table(pa.table({"prompt": ["a"], "completion": ["x"]}), path)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", broken)
+    with pytest.raises(ValueError, match=rf"^corpus.path '.*data.parquet' is not a readable Parquet file: {error}"):
+        everything(path)
 
 
 def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
