@@ -21,7 +21,7 @@ from fusion_ray.records import Report
 from fusion_ray.schedule import Listener, StageRun, Step, one, run_steps
 from fusion_ray.stages.align import align
 from fusion_ray.stages.align_combine import combine_all
-from fusion_ray.stages.cluster import connected
+from fusion_ray.stages.cluster import check_room, connected
 from fusion_ray.stages.distill import distill
 from fusion_ray.stages.evaluate import EvaluateJob, evaluate_many
 from fusion_ray.stages.merge import merge
@@ -37,7 +37,9 @@ def run_graph(config: FusionConfig, graph: Graph, nodes: Sequence[Node], listene
     if all(node.artifact.sealed for step in steps for node in step.nodes):
         return run_steps(steps, width=1, listener=listener)  # nothing to do: no cluster is started
     _check_methods(config, targets=sum(name != SFT for name in graph.distill))
+    todo = {node.stage for step in steps for node in step.nodes if not node.artifact.sealed}
     with connected(config.resources):
+        check_room(config.resources, todo)
         return run_steps(steps, width=config.resources.branches, listener=listener)
 
 

@@ -7,11 +7,11 @@ import contextlib
 import logging
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import ray
 
-from fusion_ray.config import ResourcesConfig
+from fusion_ray.config import ConfigError, ResourcesConfig
 
 logger = logging.getLogger(__name__)
 
@@ -73,15 +73,29 @@ def connected(resources: ResourcesConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def check_room(resources: ResourcesConfig) -> list[str]:
-    """What the joined cluster lacks for this run, in words; empty when every pool fits. An autoscaling cluster may still grow."""
+def check_room(resources: ResourcesConfig, stages: Iterable[str]) -> None:
+    """Whether the cluster has what the least of each stage's pool needs, which would else be waited for without an end.
+
+    Raises ConfigError with all that is lacking where the cluster is this process's own; one that was joined may grow, so there it is a warning.
+    """
     have = ray.cluster_resources()
-    problems = []
+    pools = {pool for stage in stages for pool in ((stage, "serve") if stage == "evaluate" else (stage,))}
+    lacking = []
     for name in ("teach", "align", "distill", "merge", "serve", "evaluate"):
+        if name not in pools:
+            continue
         pool = getattr(resources, name)
-        workers = pool.max_workers if name == "distill" else pool.min_workers
-        nodes = workers * getattr(pool, "nodes", 1)
-        for kind, need in (("CPU", pool.cpus * nodes), ("GPU", pool.gpus * nodes)):
-            if need > have.get(kind, 0):
-                problems.append(f"resources.{name} needs {need:g} {kind}, the cluster has {have.get(kind, 0):g}")
-    return problems
+        nodes = pool.min_workers * getattr(pool, "nodes", 1)
+        for kind, each in (("CPU", pool.cpus), ("GPU", pool.gpus)):
+            if each * nodes > have.get(kind, 0):
+                key = f"resources.{name}.{kind.lower()}s"
+                lacking.append(
+                    f"{key} is {each:g} for each of {nodes} workers, the cluster has {have.get(kind, 0):g} {kind}s"
+                )
+    if lacking and started_here():
+        raise ConfigError(
+            "\n".join(lacking)
+            + "\nlower them (or min_workers), raise resources.num_cpus (logical CPUs), or give resources.address of a larger cluster"
+        )
+    for lack in lacking:
+        logger.warning("%s: its stage waits until there are more", lack)

@@ -27,7 +27,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.execution.callback import RayTrainCallback
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-from fusion_ray.config import DistillConfig, ModelConfig, WorkerResources
+from fusion_ray.config import DistillConfig, DistillResources, ModelConfig
 from fusion_ray.models import CARD, local_folder
 from fusion_ray.records import Report
 from fusion_ray.stages.cluster import started_here
@@ -50,6 +50,8 @@ TRAIN_ENV = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
+# Where fewer workers will do, a group is begun with nodes that are there; one of them may be lost before that is known.
+ELASTIC_ENV = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60"}
 ALONE_ENV = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # the only node there is: nobody announces that it goes
 
 
@@ -76,7 +78,7 @@ def distill(
     sources: Sequence[ModelConfig] = (),
     config: DistillConfig,
     seed: int,
-    resources: WorkerResources,
+    resources: DistillResources,
     max_rejected: float = 0.01,
     report: Report,
 ) -> Manifest:
@@ -111,10 +113,12 @@ def _check_pivot(out: Artifact, rows: Artifact) -> None:
         )
 
 
-def _train(task: Task, resources: WorkerResources, report: Report) -> None:
+def _train(task: Task, resources: DistillResources, report: Report) -> None:
     """Raises ValueError with what a worker refused the work for."""
     alone = not task.on_gpu and started_here()
-    for name, value in (TRAIN_ENV | ALONE_ENV if alone else TRAIN_ENV).items():
+    elastic = resources.min_workers < resources.max_workers
+    settings = TRAIN_ENV | (ELASTIC_ENV if elastic else {}) | (ALONE_ENV if alone else {})
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
     while True:
         before = _saved(task.out)
@@ -124,7 +128,9 @@ def _train(task: Task, resources: WorkerResources, report: Report) -> None:
             # The deaths that Ray Train counts are those of a whole training, which may last for days on machines that come and go.
             if _saved(task.out) == before:
                 raise
-            logger.warning("distill %s: workers died %d times, but it gets on: once more", task.out.key, MAX_WORKER_DEATHS + 1)
+            logger.warning(
+                "distill %s: workers died %d times, but it gets on: once more", task.out.key, MAX_WORKER_DEATHS + 1
+            )
             continue
         if error:
             raise ValueError(error)
@@ -137,13 +143,13 @@ def _saved(out: Artifact) -> str:
     return max((name for name in names if name.endswith(f"/{COMPLETE}")), default="")
 
 
-def _trainer(task: Task, resources: WorkerResources, *, alone: bool) -> TorchTrainer:
+def _trainer(task: Task, resources: DistillResources, *, alone: bool) -> TorchTrainer:
     return (_LeanTrainer if alone else TorchTrainer)(
         _work,
         train_loop_config={"task": task},
         torch_config=TorchConfig(backend="nccl" if task.on_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.max_workers, use_gpu=task.on_gpu, resources_per_worker=_per_worker(resources)
+            num_workers=_workers(resources), use_gpu=task.on_gpu, resources_per_worker=_per_worker(resources)
         ),
         run_config=ray.train.RunConfig(
             # A new name each time: what there is to resume from is found by workers/training_state.py, not by Ray Train.
@@ -271,7 +277,14 @@ def _card(task: Task, pivot_folder: str) -> str:
     return target_card(pivot, sources, yaml.safe_dump({"rows": task.rows.key, **task.out.config}))
 
 
-def _per_worker(resources: WorkerResources) -> dict[str, float]:
+def _workers(resources: DistillResources) -> int | tuple[int, int]:
+    """Where fewer than max_workers will do, Ray Train starts with what there is, goes on with what is left, and starts again once there is room for more;
+    each time from the newest checkpoint."""
+    least, most = resources.min_workers, resources.max_workers
+    return most if least == most else (least, most)
+
+
+def _per_worker(resources: DistillResources) -> dict[str, float]:
     wanted = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": (resources.memory_gb or 0) * (1 << 30)}
     return {name: value for name, value in wanted.items() if value}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from fusion_ray.config import DistillConfig, ModelConfig, ResourcesConfig, WorkerResources
+from fusion_ray.config import DistillConfig, DistillResources, ModelConfig, ResourcesConfig
 from fusion_ray.stages.cluster import connected
 from fusion_ray.stages.distill import distill
 from fusion_ray.store import Artifact
@@ -23,7 +23,7 @@ def main(task: dict) -> None:
             config=DistillConfig.model_validate(task["config"]),
             seed=7,
             max_rejected=0.1,
-            resources=WorkerResources(max_workers=task["workers"]),
+            resources=DistillResources(max_workers=task["workers"]),
             report=lambda figures: None,
         )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fusion_ray.config import DistillConfig, ModelConfig, ResourcesConfig, WorkerResources
+from fusion_ray.config import DistillConfig, DistillResources, ModelConfig, ResourcesConfig
 from fusion_ray.stages.cluster import connected
 from fusion_ray.stages.distill import distill
 from fusion_ray.store import Artifact, Manifest
@@ -67,7 +67,7 @@ def _run(out: Artifact, work: Path, config: DistillConfig, seen: list[Mapping[st
         config=config,
         seed=7,
         max_rejected=0.1,
-        resources=WorkerResources(max_workers=2),
+        resources=DistillResources(max_workers=2),
         report=(seen if seen is not None else []).append,
     )
 
@@ -142,7 +142,7 @@ def test_rows_of_another_pivot_are_named_and_not_retried(work: Path, cluster: No
             config=settings(),
             seed=7,
             max_rejected=0.1,
-            resources=WorkerResources(max_workers=2),
+            resources=DistillResources(max_workers=2),
             report=lambda figures: None,
         )
     assert not out.sealed

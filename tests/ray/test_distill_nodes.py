@@ -1,5 +1,7 @@
 """The distill stage on a cluster whose nodes go: one is announced to be taken and then taken, the next dies without a word. Nobody calls the stage again."""
 
+import contextlib
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -10,9 +12,9 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from fusion_ray.config import DistillConfig, ModelConfig, WorkerResources
+from fusion_ray.config import DistillConfig, DistillResources, ModelConfig
 from fusion_ray.stages.distill import distill
-from fusion_ray.store import Artifact
+from fusion_ray.store import Artifact, StoreError
 from tests import tiny
 from tests.ray import training
 from tests.ray.distilling import UNDER_WAY, rows_of, steps
@@ -35,7 +37,14 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     cluster.shutdown()
 
 
-def train(out: Artifact, rows: Artifact, pivot: Path, config: DistillConfig, failures: list[BaseException]) -> None:
+def train(
+    out: Artifact,
+    rows: Artifact,
+    pivot: Path,
+    config: DistillConfig,
+    failures: list[BaseException],
+    resources: DistillResources | None = None,
+) -> None:
     try:
         distill(
             out,
@@ -44,7 +53,7 @@ def train(out: Artifact, rows: Artifact, pivot: Path, config: DistillConfig, fai
             config=config,
             seed=7,
             max_rejected=0.1,
-            resources=WorkerResources(max_workers=2),
+            resources=resources or DistillResources(max_workers=2),
             report=lambda figures: None,
         )
     except BaseException as error:
@@ -93,3 +102,41 @@ def test_an_announced_and_a_silent_loss_of_a_node(tmp_path: Path, cluster: Clust
     training.run_training(tmp_path / "undisturbed", tmp_path / "pivot", shards, config, world_size=2)
     assert out.read_bytes("model.safetensors") == (tmp_path / "undisturbed/export/model.safetensors").read_bytes()
     assert "# pivot, fine-tuned" in out.read_bytes("README.md").decode()
+
+
+def test_a_node_that_is_not_replaced_where_fewer_workers_do(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three workers, one of them on the node that is lost: two go on from the newest checkpoint with the same global batches."""
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
+    tiny.make_tiny_model(tmp_path / "pivot", "llama", dtype="bfloat16")
+    rows = rows_of(tmp_path)
+    config = training.config(epochs=30, checkpoint_every=20, learning_rate=3e-4)
+    out = Artifact(str(tmp_path / "out"), "distill", "the-task")
+    lost = [cluster.add_node(num_cpus=1, object_store_memory=STORE) for _ in range(2)][-1]
+    failures: list[BaseException] = []
+    resources = DistillResources(min_workers=1, max_workers=3)
+    thread = threading.Thread(target=train, args=(out, rows, tmp_path / "pivot", config, failures, resources))
+    thread.start()
+    wait_until(lambda: saved(out), failures, "a checkpoint was saved")
+    assert ranks(out) == {3}
+    cluster.remove_node(lost, allow_graceful=False)
+    wait_until(lambda: 2 in ranks(out), failures, "two workers had saved a checkpoint")
+    thread.join(240)
+    assert not thread.is_alive()
+    assert not failures
+    assert steps(out) == list(range(1, 121))
+    shards = [Path(rows.path(unit.name)) for unit in rows.manifest().units]
+    alone = training.run_training(tmp_path / "undisturbed", tmp_path / "pivot", shards, config)
+    told = [json.loads(line)["sft"] for line in out.read_bytes("metrics.jsonl").splitlines()]
+    assert told == pytest.approx([line["sft"] for line in alone], rel=2e-3)
+
+
+def ranks(out: Artifact) -> set[int]:
+    """How many workers saved each of the checkpoints that are there."""
+    names = [name for name in out.names("_work/checkpoints") if name.endswith("complete.json")]
+    found = set()
+    for name in names:
+        with contextlib.suppress(StoreError):  # removed at this moment
+            found.add(int(str(out.read_json(name)["world_size"])))
+    return found

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from fusion_ray.config import DistillConfig, ModelConfig, ResourcesConfig, WorkerResources
+from fusion_ray.config import DistillConfig, DistillResources, ModelConfig, ResourcesConfig
 from fusion_ray.stages.cluster import connected
 from fusion_ray.stages.distill import distill
 from fusion_ray.store import Artifact
@@ -35,7 +35,7 @@ def run(out: Artifact, work: Path, workers: int) -> tuple[list[dict[str, object]
         config=settings(),
         seed=7,
         max_rejected=0.1,
-        resources=WorkerResources(max_workers=workers),
+        resources=DistillResources(max_workers=workers),
         report=seen.append,
     )
     return [json.loads(line) for line in out.read_bytes("metrics.jsonl").splitlines()], int(str(seen[0]["done"]))

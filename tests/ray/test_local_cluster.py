@@ -18,6 +18,31 @@ with connected(ResourcesConfig(num_cpus=3, object_store_gb=0.1)):
 """
 
 
+SMALL = """
+import ray
+from fusion_ray.config import ResourcesConfig
+from fusion_ray.stages.cluster import check_room, connected
+resources = ResourcesConfig(num_cpus=2, object_store_gb=0.1, teach={"gpus": 1}, distill={"max_workers": 3}, merge={"cpus": 9})
+with connected(resources):
+    check_room(resources, ["corpus", "align"])
+    check_room(resources, ["corpus", "teach", "distill"])
+"""
+
+
+def test_what_a_local_cluster_can_never_have_is_said_before_it_is_waited_for() -> None:
+    env = os.environ | {
+        "RAY_AUTH_MODE": "disabled",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", SMALL], capture_output=True, text=True, check=False, env=env, timeout=240
+    )
+    assert "ConfigError: resources.teach.gpus is 1 for each of 1 workers, the cluster has 0 GPUs\n" in run.stderr
+    assert "resources.distill.cpus is 1 for each of 3 workers, the cluster has 2 CPUs\n" in run.stderr
+    assert "resources.merge" not in run.stderr.partition("ConfigError")[2]
+
+
 def test_a_cluster_that_was_left_running_is_not_joined() -> None:
     other = Cluster(
         initialize_head=True,
