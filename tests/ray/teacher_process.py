@@ -15,6 +15,7 @@ from fusion_ray.workers.prompt_arrays import keep_arrays, put_back
 from fusion_ray.workers.teacher import Teacher
 from tests.tiny import SENTENCES
 
+TOP_K = {"llama": 6, "qwen2": 6, "gemma": 128, "broken": 6}
 QUESTIONS = [["What is it?", "And why?"], ["Say one word."]]
 
 
@@ -40,7 +41,7 @@ def main(folder: Path) -> None:
     results: dict[str, object] = {}
     rows = conversations()
     for name, path in json.loads((folder / "models.json").read_text()).items():
-        teacher = Teacher(path, top_k=6, max_length=150, dtype="float32", name=name)
+        teacher = Teacher(path, top_k=TOP_K[name], max_length=150, dtype="float32", name=name)
         first = teacher.teach(rows)
         (folder / f"{name}.parquet").write_bytes(encode(first.table))
         teacher.teach(rows[3:9])
