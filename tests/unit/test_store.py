@@ -198,7 +198,7 @@ def test_every_request_to_an_object_store_is_tried_again(
     artifact.commit_bytes("shard-1", b"rows", rows=1)
     artifact.remove("shard-1")
     assert not artifact.exists("shard-1")
-    assert waited == [1.0, 4.0]
+    assert waited in ([1.0, 4.0], [1.0, 1.0])  # of one request, or of two that were made side by side
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "SlowDown"), HttpError("SlowDown")])
