@@ -1,21 +1,20 @@
 """`fusion-ray merge MERGE.yml OUT`: a merge file carried out on this machine, without Ray. Called by cli.py alone.
 
 OUT becomes a Hugging Face folder. The same command goes on after the last whole shard, another one is refused (merge_folder.py). `manifest.json` is written
-last and lists every file with its sha256.
+last and lists every file with its sha256 but `reused.json`, the targets whose statistics were kept from an earlier merge.
 """
 
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import fsspec
-
-from fusion_ray.checkpoints.files import files_of
+from fusion_ray.checkpoints.files import RemoteFiles, files_of, stat_of
 from fusion_ray.checkpoints.plan import WorkUnit
 from fusion_ray.config import ConfigError, ModelConfig, is_url
 from fusion_ray.merge_folder import claim, held, let_go, tidy
@@ -23,6 +22,7 @@ from fusion_ray.merge_folder import replace as replace_merge
 from fusion_ray.merge_recipe import Recipe
 from fusion_ray.merge_yaml import load_recipe, resolved_yaml
 from fusion_ray.models import fingerprint_model, local_folder
+from fusion_ray.places import PlaceError
 from fusion_ray.records import CHANGES_FORMAT, MERGE_FORMAT, Report
 from fusion_ray.store import Artifact, Manifest, Store, content_key
 from fusion_ray.workers.find_cuda import DeviceKind, choose_device
@@ -67,13 +67,16 @@ def merge_file(
             f"{out}: the merged model is written to a folder of this machine: give one, and copy it from there"
         )
     recipe = load_recipe(path)
-    folders = [_local(model) for model in recipe.models]
-    tokenizer = None if recipe.tokenizer is None else _local(recipe.tokenizer)
+    folders = [_local(model, recipe.key_of(number)) for number, model in enumerate(recipe.models)]
+    tokenizer = None if recipe.tokenizer is None else _local(recipe.tokenizer, "tokenizer")
     _check_apart(out, [*folders, *filter(None, [tokenizer])])
-    prints = {model.name: _print(model, folder) for model, folder in zip(recipe.models, folders, strict=True)}
+    prints = {
+        model.name: _print(model, folder, recipe.key_of(number))
+        for number, (model, folder) in enumerate(zip(recipe.models, folders, strict=True))
+    }
     settings: dict[str, object] = {"merge": resolved_yaml(recipe), "max_shard_bytes": max_shard_bytes}
     if recipe.tokenizer is not None and tokenizer is not None:
-        settings["tokenizer"] = _print(recipe.tokenizer, tokenizer)
+        settings["tokenizer"] = _print(recipe.tokenizer, tokenizer, "tokenizer")
     folder = Artifact(
         str(out.absolute()), "merge", content_key("merge", MERGE_FORMAT, settings, prints), settings, prints
     )
@@ -94,10 +97,10 @@ def merge_file(
                 statistics=_statistics(prints),
                 replace=partial(replace_merge, folder) if folder.sealed else None,
             )
-        except ValueError:
+        except Exception:
             let_go(folder)
             raise
-        found = folder.read_json(REUSED)["reused"] if folder.exists(REUSED) else []
+        found = folder.read_json(REUSED)["reused"]
         assert isinstance(found, list)
         tidy(folder)
     return Merged(manifest, False, tuple(map(str, found)), job.device)
@@ -146,8 +149,24 @@ def _job(
     )
 
 
-def _local(model: ModelConfig) -> str:
-    return model.path if is_url(model.path) else local_folder(model.path, model.revision)
+def _local(model: ModelConfig, key: str) -> str:
+    with _named_by(key):
+        return model.path if is_url(model.path) else local_folder(model.path, model.revision)
+
+
+@contextmanager
+def _named_by(key: str) -> Iterator[None]:
+    """Raises ConfigError, with the file's key, for a model that cannot be read."""
+    try:
+        yield
+    except PlaceError as error:
+        raise ConfigError(f"`{key}`: {error}") from error
+    except OSError as error:
+        raise ConfigError(
+            f"`{key}`: cannot read {error.filename}: {error.strerror or error}: give a Hugging Face model folder that may be read"
+        ) from error
+    except ConfigError as error:
+        raise ConfigError(f"`{key}`: {error}") from error
 
 
 def _check_apart(out: Path, folders: Sequence[str]) -> None:
@@ -161,18 +180,18 @@ def _check_apart(out: Path, folders: Sequence[str]) -> None:
             )
 
 
-def _print(model: ModelConfig, folder: str) -> str:
+def _print(model: ModelConfig, folder: str, key: str) -> str:
     """What tells a model from its changed self without reading its weights: a hub id's commit, the objects' checksums, the names, sizes and times of change
     of a folder's files."""
     entries: dict[str, object]
-    if is_url(folder):
-        fs, root = fsspec.core.url_to_fs(folder)
-        entries = {name: str(fs.checksum(f"{root}/{name}")) for name in files_of(folder).names() if is_read(name)}
-        return content_key("url", 1, {"url": folder, "objects": entries}, {})
-    if model.path != folder:
-        return fingerprint_model(model.path, model.revision)
-    names = [name for name in files_of(folder).names() if is_read(name)]
-    stats = {name: os.stat(os.path.join(folder, name)) for name in names}
+    with _named_by(key):
+        files = files_of(folder)
+        if isinstance(files, RemoteFiles):
+            entries = {name: files.checksum(name) for name in files.names() if is_read(name)}
+            return content_key("url", 1, {"url": folder, "objects": entries}, {})
+        if model.path != folder:
+            return fingerprint_model(model.path, model.revision)
+        stats = {name: stat_of(os.path.join(folder, name)) for name in files.names() if is_read(name)}
     entries = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
     return content_key("folder", 1, {"path": os.path.realpath(folder), "files": entries}, {})
 

@@ -26,8 +26,59 @@ def _refused(why: str) -> BeforeValidator:
     return BeforeValidator(refuse)
 
 
+def _given(value: object) -> str:
+    """What config.validate adds to a message only where it is no list and no mapping."""
+    return f" (given: {value!r})" if isinstance(value, dict | list) else ""
+
+
+def _mapping(example: str) -> BeforeValidator:
+    """For an entry with keys."""
+
+    def check(value: object) -> object:
+        if not isinstance(value, dict):
+            raise ValueError(f"expected a mapping such as {example}{_given(value)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _list(example: str) -> BeforeValidator:
+    def check(value: object) -> object:
+        if value is not None and not isinstance(value, list):
+            raise ValueError(f"expected a list such as {example}{_given(value)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _named_parameters(value: object) -> object:
+    """A section `parameters`, which may be empty."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"expected names and values, such as {{weight: 0.5}}{_given(value)}")
+    for key in value:
+        if not isinstance(key, str):
+            raise ValueError(
+                f"the key {key!r} is not the name of a parameter: give names and values, such as {{weight: 0.5}}"
+            )
+    return value
+
+
+def _range(value: object) -> object:
+    if not isinstance(value, list) or len(value) != 2 or not all(type(each) is int for each in value):
+        raise ValueError(
+            f"expected two whole numbers, the first layer and the one after the last, as [0, 16]{_given(value)}"
+        )
+    return value
+
+
 def _unwrapped(value: object) -> object:
     """The forms of a model reference: a string, {path, revision}, or {model: either of them}."""
+    if not isinstance(value, str | dict):
+        raise ValueError(
+            f"expected a model: a folder, a URL or a hub id as text, or {{path: ..., revision: ...}}{_given(value)}"
+        )
     if isinstance(value, str):
         return {"path": value}
     if isinstance(value, dict) and "model" in value:
@@ -54,7 +105,7 @@ class Reference(Section):
 
 
 _Model = Annotated[Reference, BeforeValidator(_unwrapped)]
-_Parameters = Annotated[dict[str, object], BeforeValidator(lambda given: {} if given is None else given)]
+_Parameters = Annotated[dict[str, object], BeforeValidator(_named_parameters)]
 _Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -65,7 +116,9 @@ class _Input(Section):
 
 class _Source(Section):
     model: _Model
-    layer_range: tuple[int, int] = Field(description="the first layer and the one after the last")
+    layer_range: Annotated[tuple[int, int], BeforeValidator(_range)] = Field(
+        description="the first layer and the one after the last"
+    )
     parameters: _Parameters = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -78,9 +131,20 @@ class _Source(Section):
         return self
 
 
+_SOURCE = "{model: path, layer_range: [0, 16]}"
+_NO_RESIDUAL = _refused(
+    "what a slice adds to the residual stream is not scaled: remove the key, or merge those weights beforehand"
+)
+_NO_BASE = _refused(
+    "the base is one for the whole merge: give `base_model` at the top of the file, and list it among the slice's sources"
+)
+
+
 class _Slice(Section):
-    sources: tuple[_Source, ...] = Field(min_length=1)
+    sources: Annotated[tuple[Annotated[_Source, _mapping(_SOURCE)], ...], _list(f"[{_SOURCE}]")] = Field(min_length=1)
     parameters: _Parameters = Field(default_factory=dict)
+    residual_weight: Annotated[None, _NO_RESIDUAL] = None
+    base_model: Annotated[None, _NO_BASE] = None
 
 
 _NO_MODULES = _refused(
@@ -95,19 +159,26 @@ class _Tokenizer(Section):
     pad_to_multiple_of: Annotated[None, _NO_TOKENS] = None
 
 
+_SLICE = f"{{sources: [{_SOURCE}]}}"
+
+
 class MergeFile(Section):
     """The keys of a merge file."""
 
     merge_method: str
     base_model: _Model | None = None
-    models: tuple[_Input, ...] | None = Field(None, min_length=1)
-    slices: tuple[_Slice, ...] | None = Field(None, min_length=1)
+    models: Annotated[tuple[Annotated[_Input, _mapping("{model: path}")], ...] | None, _list("[{model: path}]")] = (
+        Field(None, min_length=1)
+    )
+    slices: Annotated[tuple[Annotated[_Slice, _mapping(_SLICE)], ...] | None, _list(f"[{_SLICE}]")] = Field(
+        None, min_length=1
+    )
     modules: Annotated[None, _NO_MODULES] = None
     parameters: _Parameters = Field(default_factory=dict)
     dtype: _Dtype | None = None
     out_dtype: _Dtype | None = None
     tokenizer_source: _Model | None = None
-    tokenizer: _Tokenizer | None = None
+    tokenizer: Annotated[_Tokenizer, _mapping("{source: base}")] | None = None
     chat_template: str | None = None
 
     @model_validator(mode="after")
@@ -178,9 +249,19 @@ def _values(method: str, parameter: Parameter, given: object, where: str) -> tup
     return tuple(_value(method, parameter, value, f"{where}.{number}") for number, value in enumerate(given))
 
 
+_KINDS = {
+    bool: "true or false: give one of these, without quotes",
+    int: "a whole number: give one, without quotes",
+    float: "a number: give one, without quotes",
+    str: "text: give one of the names that the parameter takes",
+}
+
+
 def _value(method: str, parameter: Parameter, given: object, where: str) -> Value:
     if given is None:
         raise ConfigError(f"`{where}`: there is no value: give one or remove the key")
+    if isinstance(given, bool) is not (parameter.kind is bool) or isinstance(given, str) is not (parameter.kind is str):
+        raise ConfigError(f"`{where}`: {given!r} is not {_KINDS[parameter.kind]}")
     try:
         value = getattr(validate(MergeMethod, {"method": method, parameter.key: given}), parameter.name)
     except ConfigError as error:

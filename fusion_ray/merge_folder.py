@@ -1,6 +1,7 @@
 """The folder that the command `merge` writes: whose it is, and what of it may be removed. Called by merge_command.py.
 
-While a merge is unfinished `merge.json` says which one it is; `manifest.json`, written last, lists the files of a finished one. Only files that a merge made
+While a merge is unfinished `merge.json` says which one it is; `manifest.json`, written last, lists the files of a finished one, except `reused.json`, which
+says which statistics of earlier merges it took: that is no property of the model. Only files that a merge made
 are ever removed, the manifest after all others: whenever a command is cut off, the next one knows whose the rest is.
 """
 
@@ -13,7 +14,7 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 
 from fusion_ray.config import ConfigError
-from fusion_ray.store import MANIFEST, UNITS, Artifact, StoreError
+from fusion_ray.store import MANIFEST, UNITS, Artifact, StoreError, file_sha256
 from fusion_ray.workers.merge_job import REUSED
 from fusion_ray.workers.merge_units import STATISTICS
 
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 MARK = "merge.json"
 _SHARDS = "model*.safetensors"
-_OF_A_RUN = (UNITS, STATISTICS, REUSED, MARK)  # needed while a merge runs
+_OF_A_RUN = (UNITS, STATISTICS, MARK)  # needed while a merge runs
 _TEMPORARY = re.compile(r"\.tmp-\d+-[0-9a-f]{8}$")
 
 
@@ -69,7 +70,7 @@ def claim(folder: Artifact, *, overwrite: bool) -> bool:
         )
     if overwrite:
         _check_own(folder, names, made)
-        for name in (STATISTICS, REUSED, MARK):
+        for name in (STATISTICS, MARK):
             folder.remove(name)
         if folder.sealed:
             _remove_leftovers(folder, names)
@@ -84,6 +85,7 @@ def claim(folder: Artifact, *, overwrite: bool) -> bool:
             f"{folder.path()} holds another merge (or its models or settings have changed since): give a new folder, or --overwrite it"
         )
     _remove_leftovers(folder, names)
+    _check_kept(folder, names)
     folder.write_json(MARK, {"key": folder.key})
     return False
 
@@ -105,9 +107,9 @@ def let_go(folder: Artifact) -> None:
     """Models that do not merge leave nothing behind, unless shards were made before, of this merge or of the one that was to be overwritten."""
     if folder.sealed:
         folder.remove(STATISTICS)
-        folder.remove(REUSED)
     elif not any(fnmatch(name, _SHARDS) for name in folder.names()):
         tidy(folder)
+        folder.remove(REUSED)
 
 
 def _owner(folder: Artifact, names: Sequence[str]) -> tuple[str | None, set[str]]:
@@ -131,7 +133,9 @@ def _check_own(folder: Artifact, names: Sequence[str], made: set[str]) -> None:
     others = [
         name
         for name in names
-        if name not in (*made, MANIFEST) and name.split("/")[0] not in _OF_A_RUN and not _TEMPORARY.search(name)
+        if name not in (*made, MANIFEST)
+        and name.split("/")[0] not in (*_OF_A_RUN, REUSED)
+        and not _TEMPORARY.search(name)
     ]
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
@@ -152,6 +156,16 @@ def _check_whole(folder: Artifact) -> None:
             raise ConfigError(
                 f"{folder.path()} holds this merge, but {unit.name} is missing or was changed: --overwrite it"
             )
+
+
+def _check_kept(folder: Artifact, names: Sequence[str]) -> None:
+    """Shards that an interrupted merge left are read again, and made again where they are not what was written: a machine may have gone down with them."""
+    for name in names:
+        unit = folder.unit(name) if fnmatch(name, _SHARDS) else None
+        if unit is not None and file_sha256(folder.path(name)) != unit.sha256:
+            logger.warning("merge: %s was changed since it was written: it is made again", folder.path(name))
+            folder.remove(f"{UNITS}/{name}.json")
+            folder.remove(name)
 
 
 def _remove_leftovers(folder: Artifact, names: Sequence[str]) -> None:

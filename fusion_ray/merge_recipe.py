@@ -3,8 +3,8 @@
 `merge_yaml.load_recipe` makes a Recipe; the command `merge` and the merge worker ask it for the recipes of its tensors once the models' headers are read.
 
 Where a parameter is a gradient, a layer's place in it is 0 for the first layer of its slice (without slices: of the model) to 1 for the last, and 1 for a
-slice of one layer. Tensors before the layers (embeddings) belong to the first slice at place 0, tensors behind them (last norm, head) to the last slice at
-place 1, which may be a slice of no layers. That is what mergekit's author says of it in its issues 5, 27 and 308.
+slice of one layer. Tensors before the layers (embeddings) belong to the first slice, tensors behind them (last norm, head) to the last one, which may be a
+slice of no layers; both are at place 0. That is what mergekit 0.1.5 computes (its author's word in issue 27, place 1 for those behind, is not).
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -72,6 +72,12 @@ class Recipe:
         """The model whose config, generation config and, unless the file says otherwise, tokenizer the output has: the base, else the first."""
         return 0 if self.base is None else self.base
 
+    def key_of(self, model: int) -> str:
+        """Where the file names the model first."""
+        sources = (source for part in self.slices for source in part.given if source.model == model)
+        found = next(sources, None)
+        return "base_model" if found is None or model == self.base else f"{found.key}.model"
+
     @property
     def written_dtype(self) -> str:
         """float32, bfloat16 or float16, or `pivot`: each tensor as the pivot stores it."""
@@ -108,6 +114,21 @@ def tensor_recipes(recipe: Recipe, tensors: Sequence[Collection[str]]) -> list[T
     return [_tensor_recipe(recipe, output) for output in outputs]
 
 
+def unmatched_filters(recipe: Recipe, names: Sequence[str]) -> list[str]:
+    """In words the filters that are a part of no output tensor's name: what they set, they set for nothing."""
+    owners = [("parameters", recipe.parameters)]
+    for part in recipe.slices:
+        owners.append((f"{part.key}.parameters", part.parameters))
+        owners.extend((f"{source.key}.parameters", source.parameters) for source in part.given)
+    return [
+        f"`{where}.{name}`: no tensor's name has the filter {choice.filter!r} in it: its value is used nowhere"
+        for where, settings in owners
+        for name, setting in settings.items()
+        for choice in setting
+        if not choice.is_for_all and not any(str(choice.filter) in each for each in names)
+    ]
+
+
 def _whole(recipe: Recipe, tensors: Sequence[Collection[str]]) -> Iterator[_Output]:
     """Every tensor has one name in all models."""
     part = recipe.slices[0]
@@ -117,7 +138,7 @@ def _whole(recipe: Recipe, tensors: Sequence[Collection[str]]) -> Iterator[_Outp
         lengths[stack] = max(layer + 1, lengths.get(stack, 0))
     for name in names:
         found = in_stack(name)
-        place = _place(found[1], lengths[found[0]]) if found else _place_outside(name)
+        place = _place(found[1], lengths[found[0]]) if found else 0.0
         yield _Output(name, part, place, (name,) * len(part.targets), name if part.base else None)
 
 
@@ -127,7 +148,7 @@ def _sliced(recipe: Recipe, tensors: Sequence[Collection[str]]) -> Iterator[_Out
     stacks = {model: _Stack(f"model {recipe.models[model].name!r}", tensors[model]) for model in sorted(used)}
     for part, before in ((recipe.slices[0], True), (recipe.slices[-1], False)):
         for name in _shared([(_model(recipe, source), stacks[source.model].outside(before)) for source in _used(part)]):
-            yield _Output(name, part, _place_outside(name), (name,) * len(part.targets), name if part.base else None)
+            yield _Output(name, part, 0.0, (name,) * len(part.targets), name if part.base else None)
     stack = stacks[recipe.slices[0].targets[0].model].name
     number = 0
     for part in recipe.slices:
@@ -214,10 +235,6 @@ def _shared(owners: Sequence[tuple[str, Collection[str]]]) -> list[str]:
 
 def _place(layer: int, layers: int) -> float:
     return layer / (layers - 1) if layers > 1 else 1.0
-
-
-def _place_outside(name: str) -> float:
-    return 0.0 if comes_before_layers(name) else 1.0
 
 
 def _tensor_recipe(recipe: Recipe, output: _Output) -> TensorRecipe:

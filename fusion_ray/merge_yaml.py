@@ -8,7 +8,7 @@ the command `merge`.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,8 +35,38 @@ _WITH_REVISION = re.compile(r"^([^@]+)@([\w./-]+)$")
 def load_recipe(path: str | Path) -> Recipe:
     """The merge in the YAML file `path`. Raises ConfigError, naming the key, for anything that is not a merge this project does."""
     path = Path(path)
-    content = validate(MergeFile, read_mapping(path, MergeFile, kind="merge file", example=_EXAMPLE))
+    read_mapping(path, MergeFile, kind="merge file", example=_EXAMPLE)  # whether it is there, and holds a mapping
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except _TwiceError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    content = validate(MergeFile, raw)
     return _Reader(content, path.resolve().parent).recipe()
+
+
+class _TwiceError(ValueError):
+    """A key that stands twice in one mapping."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with each key once in its mapping, and with 1e-8 as the number that it is in YAML 1.2 and in mergekit's files."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
+        lines: dict[object, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                raise _TwiceError(
+                    f"the key `{key.value}` stands twice, in line {lines[key.value]} and in line {line}: keep one of them"
+                )
+            if isinstance(key, yaml.ScalarNode):
+                lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 class _Reader:
@@ -234,7 +264,16 @@ def _named(numbers: Mapping[tuple[str, str | None], int]) -> tuple[ModelConfig, 
 
 
 def _template(given: str | None) -> str | None:
-    if given is None or "{{" in given or "{%" in given:
+    if given is None:
+        return None
+    if "{{" in given or "{%" in given:
+        from fusion_ray.merge_template import template_problem  # loads jinja2
+
+        problem = template_problem(given)
+        if problem:
+            raise ConfigError(
+                f"`chat_template`: it is not a valid Jinja template ({problem}): mend it, or leave the key out for the tokenizer's own"
+            )
         return given
     what = "auto takes the most frequent among the models" if given == "auto" else f"{given!r} is not a template"
     raise ConfigError(

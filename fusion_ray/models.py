@@ -8,11 +8,14 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
 
 from fusion_ray.config import ConfigError, is_url
+from fusion_ray.places import told
 
 # Files that decide what a model says; weights in safetensors only (design.md section 8).
 MODEL_SUFFIXES = (".json", ".jinja", ".safetensors", ".model", ".txt", ".py", ".tiktoken")
@@ -25,8 +28,10 @@ def fingerprint_model(path: str, revision: str | None = None) -> str:
     Raises ConfigError when nothing is there or it is not a model folder.
     """
     if is_url(path):
-        fs, root = fsspec.core.url_to_fs(path)
-        files = {str(name)[len(root) + 1 :]: str(fs.checksum(name)) for name in fs.find(root) if _decides(str(name))}
+        with _asked(path):
+            fs, root = fsspec.core.url_to_fs(path)
+            found_there = [str(name) for name in fs.find(root) if _decides(str(name))]
+            files = {name[len(root) + 1 :]: str(fs.checksum(name)) for name in found_there}
         return _digest(_require_config(files, path))
     if os.path.isdir(path):
         root_folder = Path(path)
@@ -47,19 +52,36 @@ def local_folder(path: str, revision: str | None = None) -> str:
 
         _hub_commit(path, revision)
         patterns = [*(f"*{suffix}" for suffix in MODEL_SUFFIXES), CARD]
-        return str(snapshot_download(path, revision=revision, allow_patterns=patterns))
-    fs, root = fsspec.core.url_to_fs(path)
+        try:
+            return str(snapshot_download(path, revision=revision, allow_patterns=patterns))
+        except Exception as error:  # the hub's client has errors of its own kinds
+            raise ConfigError(
+                f"the model {path!r} could not be downloaded from the hub ({type(error).__name__}: {error}): run again (what is here is kept), or "
+                "give a local folder"
+            ) from error
     target = Path(tempfile.gettempdir()) / "fusion_ray" / "models" / fingerprint_model(path)[:32]
-    for name in fs.find(root):
-        local = target / str(name)[len(root) + 1 :]
-        wanted = _decides(str(name)) or name == f"{root}/{CARD}"
-        if not wanted or (local.exists() and local.stat().st_size == fs.size(name)):
-            continue
-        local.parent.mkdir(parents=True, exist_ok=True)
-        temporary = f"{local}.tmp-{os.getpid()}"
-        fs.get_file(name, temporary)
-        os.replace(temporary, local)
+    with _asked(path):
+        fs, root = fsspec.core.url_to_fs(path)
+        for name in fs.find(root):
+            local = target / str(name)[len(root) + 1 :]
+            wanted = _decides(str(name)) or name == f"{root}/{CARD}"
+            if not wanted or (local.exists() and local.stat().st_size == fs.size(name)):
+                continue
+            local.parent.mkdir(parents=True, exist_ok=True)
+            temporary = f"{local}.tmp-{os.getpid()}"
+            fs.get_file(name, temporary)
+            os.replace(temporary, local)
     return str(target)
+
+
+@contextmanager
+def _asked(url: str) -> Iterator[None]:
+    """Raises ConfigError where the object store does not answer, or nothing here reads such a URL."""
+    try:
+        with told(url):
+            yield
+    except OSError as error:
+        raise ConfigError(str(error)) from error
 
 
 def content_hash(file: Path) -> str:
@@ -84,7 +106,10 @@ def content_hash(file: Path) -> str:
 def _decides(name: str) -> bool:
     base = os.path.basename(name)
     return (
-        base.endswith(MODEL_SUFFIXES) and not base.startswith(".") and base != "manifest.json" and "_units" not in name
+        base.endswith(MODEL_SUFFIXES)
+        and not base.startswith(".")
+        and base not in ("manifest.json", "reused.json")  # of a merge, and how it came about
+        and "_units" not in name
     )
 
 
@@ -105,6 +130,8 @@ def _hub_commit(path: str, revision: str | None) -> str:
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+    at = f" at revision {revision!r}" if revision else ""
+    cure = "Give a local folder, an object-store URL, or a hub id that you may read"
     try:
         cached = try_to_load_from_cache(path, "config.json", revision=revision)
         if isinstance(cached, str):
@@ -112,7 +139,10 @@ def _hub_commit(path: str, revision: str | None) -> str:
         return str(HfApi().model_info(path, revision=revision).sha)
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise ConfigError(
-            f"there is no model at {path!r}: it is not a folder here, and the hub does not give it"
-            f"{f' at revision {revision!r}' if revision else ''} ({type(error).__name__}). "
-            "Give a local folder, an object-store URL, or a hub id that you may read"
+            f"there is no model at {path!r}: it is not a folder here, and the hub does not give it{at} ({type(error).__name__}). {cure}"
+        ) from error
+    except Exception as error:  # no answer: errors of the HTTP library, which changes with the hub's client
+        raise ConfigError(
+            f"there is no model at {path!r}: it is not a folder here, and the hub cannot be reached to look for it there{at} "
+            f"({type(error).__name__}: {error}). {cure}"
         ) from error

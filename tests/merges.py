@@ -73,8 +73,8 @@ def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def hashes(folder: Path, pattern: str = "**/*") -> dict[str, str]:
-    """sha256 of the files below the folder, by their relative names."""
-    files = sorted(path for path in folder.glob(pattern) if path.is_file())
+    """sha256 of the files below the folder, by their relative names; without the one that says how a merge came about."""
+    files = sorted(path for path in folder.glob(pattern) if path.is_file() and path.name != "reused.json")
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -86,6 +86,6 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 def is_whole(folder: Path) -> bool:
     """The reader of models takes it, and nothing lies about that a merge needs only while it runs."""
-    leftovers = ("_units", "_statistics", "merge.json", "reused.json")
+    leftovers = ("_units", "_statistics", "merge.json")
     open_checkpoint(str(folder), model="merged")
     return not [path for path in folder.rglob("*") if path.name in leftovers or ".tmp-" in path.name]

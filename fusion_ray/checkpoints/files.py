@@ -10,6 +10,7 @@ from typing import Protocol
 import fsspec
 
 from fusion_ray.config import is_url
+from fusion_ray.places import PlaceError, told
 
 
 class Files(Protocol):
@@ -38,7 +39,20 @@ class Files(Protocol):
 
 
 def files_of(folder: str) -> Files:
+    """Raises PlaceError for a URL of a kind that nothing here reads."""
     return RemoteFiles(folder) if is_url(folder) else LocalFiles(folder)
+
+
+def stat_of(path: str) -> os.stat_result:
+    """Raises PlaceError for a link that leads nowhere, as in a copy of the hub's cache without its blobs."""
+    try:
+        return os.stat(path)
+    except FileNotFoundError as error:
+        if os.path.islink(path):
+            raise PlaceError(
+                f"cannot read {path}: it is a link to {os.readlink(path)}, which is not there: download the model again, or copy it with what its links lead to"
+            ) from error
+        raise
 
 
 class LocalFiles:
@@ -58,7 +72,7 @@ class LocalFiles:
         return sorted(found)
 
     def size(self, name: str) -> int:
-        return os.stat(os.path.join(self.root, name)).st_size
+        return stat_of(os.path.join(self.root, name)).st_size
 
     def read(self, name: str) -> bytes:
         with open(os.path.join(self.root, name), "rb") as file:
@@ -101,25 +115,35 @@ class RemoteFiles:
 
     def __init__(self, url: str) -> None:
         self.root = url.rstrip("/")
-        self._fs, path = fsspec.core.url_to_fs(self.root)
+        with told(url):
+            self._fs, path = fsspec.core.url_to_fs(self.root)
         self._path = path.rstrip("/")
 
     def names(self) -> list[str]:
-        return sorted(str(name)[len(self._path) + 1 :] for name in self._fs.find(self._path))
+        with told(self.root):
+            return sorted(str(name)[len(self._path) + 1 :] for name in self._fs.find(self._path))
 
     def size(self, name: str) -> int:
-        return int(self._fs.size(f"{self._path}/{name}"))
+        with told(f"{self.root}/{name}"):
+            return int(self._fs.size(f"{self._path}/{name}"))
 
     def read(self, name: str) -> bytes:
-        return bytes(self._fs.cat_file(f"{self._path}/{name}"))
+        with told(f"{self.root}/{name}"):
+            return bytes(self._fs.cat_file(f"{self._path}/{name}"))
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
-        data = self._fs.cat_file(f"{self._path}/{name}", start=offset, end=offset + len(buffer))
+        with told(f"{self.root}/{name}"):
+            data = self._fs.cat_file(f"{self._path}/{name}", start=offset, end=offset + len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
     def mapped(self, name: str, offset: int, count: int) -> memoryview | None:
         return None
+
+    def checksum(self, name: str) -> str:
+        """What changes with the file, from its listing."""
+        with told(f"{self.root}/{name}"):
+            return str(self._fs.checksum(f"{self._path}/{name}"))
 
     def expect(self, name: str, offset: int, count: int) -> None: ...
 

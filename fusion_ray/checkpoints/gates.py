@@ -13,19 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from fusion_ray.checkpoints.architecture import differing, plain
 from fusion_ray.checkpoints.dtypes import MERGEABLE
 from fusion_ray.checkpoints.errors import MergeError
 from fusion_ray.checkpoints.reader import Checkpoint
 from fusion_ray.merging.recipe import TensorRecipe
 
-# A target that differs from the pivot in one of these computes something else with the same tensors.
-_ARCHITECTURE = (
-    "model_type", "architectures", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "hidden_act", "hidden_activation", "tie_word_embeddings", "rms_norm_eps", "layer_norm_eps", "norm_eps", "rope_theta", "rope_scaling",
-    "rope_parameters", "rotary_pct", "partial_rotary_factor", "sliding_window", "attention_bias", "mlp_bias", "use_parallel_residual",
-    "n_layer", "n_embd", "n_head", "num_layers", "layer_types",
-    "num_experts", "num_local_experts", "num_experts_per_tok", "final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar",
-)  # fmt: skip
 _NOT_COMPARED = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache")
 _INPUT_ROWS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")
 _OUTPUT_ROWS = ("lm_head.weight", "embed_out.weight")
@@ -105,19 +98,28 @@ def check_same(inputs: Sequence[tuple[Checkpoint, str]], same: Sequence[bool]) -
 
 
 def _compare_config(pivot: Checkpoint, target: Checkpoint, but: Sequence[str]) -> dict[str, object]:
-    """A key that only one of the two has is a matter of the transformers version that wrote it."""
-    differences: dict[str, object] = {}
-    for key in sorted(set(pivot.config) | set(target.config)):
-        if key in _NOT_COMPARED or pivot.config.get(key) == target.config.get(key):
-            continue
-        both = key in pivot.config and key in target.config
-        if both and key in _ARCHITECTURE and key not in but:
-            raise MergeError(
-                f"model {target.model!r}: `{key}` in {target.folder}/config.json is {json.dumps(target.config[key])}, the pivot's is "
-                f"{json.dumps(pivot.config[key])} ({pivot.folder}): only models of one architecture merge; make every target from this pivot"
-            )
-        differences[key] = {"pivot": pivot.config.get(key), "target": target.config.get(key)}
-    return differences
+    """All keys that are not written alike; those that make another architecture are refused."""
+    differ = differing(pivot.config, target.config, but=but)
+    if differ:
+        key, (ours, theirs) = next(iter(differ.items()))
+        raise MergeError(
+            f"model {target.model!r}: `{key}` in {target.folder}/config.json {_said(target, key, theirs)}, the pivot's (model {pivot.model!r}, "
+            f"{pivot.folder}/config.json) {_said(pivot, key, ours)}: only models of one architecture merge; make every target from this pivot, or mend the "
+            "config.json that is wrong"
+        )
+    return {
+        key: {"pivot": pivot.config.get(key), "target": target.config.get(key)}
+        for key in sorted(set(pivot.config) | set(target.config))
+        if key not in _NOT_COMPARED and pivot.config.get(key) != target.config.get(key)
+    }
+
+
+def _said(model: Checkpoint, key: str, value: object) -> str:
+    """In words what a config means by a key, which may be written under another name."""
+    written = json.dumps(value, default=str)
+    if key in model.config or (key in plain(model.config) and value is not None):
+        return f"is {written}"
+    return "is not set" if value is None else f"is not set, which means {written}"
 
 
 def _tied_heads(model: Checkpoint, models: Sequence[Checkpoint]) -> list[str]:

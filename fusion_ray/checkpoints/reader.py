@@ -15,9 +15,11 @@ import numpy.typing as npt
 from fusion_ray.checkpoints.dtypes import ITEM_BYTES, NUMPY_DTYPES
 from fusion_ray.checkpoints.errors import MergeError
 from fusion_ray.checkpoints.files import Files, files_of
+from fusion_ray.places import PlaceError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTERS = {"adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"}
 _LARGEST_HEADER = 100_000_000  # the limit of the safetensors library
 
 
@@ -97,11 +99,28 @@ class Checkpoint:
 
 def open_checkpoint(folder: str, *, model: str) -> Checkpoint:
     """The model in a folder, from its headers alone. Raises MergeError for a folder that does not hold a whole safetensors model."""
+    try:
+        return _open(folder, model)
+    except PlaceError as error:
+        raise MergeError(f"model {model!r}: {error}") from error
+    except OSError as error:
+        raise MergeError(
+            f"model {model!r}: cannot read {folder}: {error.strerror or error} ({error.filename}); give a Hugging Face model folder that may be read"
+        ) from error
+
+
+def _open(folder: str, model: str) -> Checkpoint:
     files = files_of(folder)
     root = files.root
+    names = set(files.names())
+    if ADAPTERS & names and not {SINGLE, INDEX} & names:
+        raise MergeError(
+            f"model {model!r}: {root} holds only a LoRA adapter ({min(ADAPTERS & names)}), and adapters are not applied: merge it into its model first "
+            "(peft's merge_and_unload, then save_pretrained) and name that folder"
+        )
     config = _read_json(files, "config.json", model)
     tensors: dict[str, TensorInfo] = {}
-    for file, listed in _shards(files, model).items():
+    for file, listed in _shards(files, names, model).items():
         found = read_header(files, file, model=model)
         if listed is not None:
             _compare_with_index(root, file, listed, set(found), model)
@@ -129,7 +148,17 @@ def read_header(files: Files, name: str, *, model: str) -> dict[str, TensorInfo]
         header = json.loads(_bytes(files, name, 8, length))
     except ValueError as error:
         raise MergeError(f"{where} has a damaged header ({error}): download or export it again") from error
+    if not isinstance(header, dict):
+        raise MergeError(
+            f"{where} has a damaged header (it holds {_short(header)}, and tensors by name were expected): download or export it again"
+        )
     header.pop("__metadata__", None)
+    for tensor, entry in header.items():
+        if not _is_entry(entry):
+            raise MergeError(
+                f"{where} has a damaged header (of tensor {tensor!r} it says {_short(entry)}, and `dtype`, `shape` and `data_offsets` were expected): "
+                "download or export it again"
+            )
     infos: dict[str, TensorInfo] = {}
     end = 0
     for tensor, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -153,9 +182,24 @@ def read_header(files: Files, name: str, *, model: str) -> dict[str, TensorInfo]
     return infos
 
 
-def _shards(files: Files, model: str) -> dict[str, set[str] | None]:
+def _is_entry(entry: object) -> bool:
+    """Whether it has the form of a header's entry."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    return all(type(each) is int and each >= 0 for each in (*shape, *offsets))
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _shards(files: Files, names: set[str], model: str) -> dict[str, set[str] | None]:
     """The files of the model, each with the tensors that the index lists for it (None without an index). A single file comes first, as in transformers."""
-    root, names = files.root, set(files.names())
+    root = files.root
     if SINGLE in names:
         return {SINGLE: None}
     if INDEX not in names:
@@ -210,6 +254,8 @@ def _read_json(files: Files, name: str, model: str) -> dict[str, object]:
     path = f"{files.root}/{name}"
     try:
         value = json.loads(files.read(name).decode())
+    except PlaceError:
+        raise
     except OSError as error:
         raise MergeError(
             f"model {model!r}: cannot read {path}: {error.strerror or error}; give a Hugging Face model folder"

@@ -35,7 +35,7 @@ def dare_ties(
     *,
     weight: Weights,
     density: Weights,
-    normalize: bool = True,
+    normalize: bool = False,
     rescale: bool = True,
     scale: float = 1.0,
     seed: int = 0,

@@ -4,6 +4,7 @@ import math
 
 from fusion_ray.merging.blocks import Blocks, TensorMerge, Weights
 from fusion_ray.merging.kernels import as_float32, sum_weighted
+from fusion_ray.merging.parameters import cancel
 
 
 def linear(blocks: Blocks, weights: Weights | None = None, *, weight: Weights, normalize: bool = True) -> TensorMerge:
@@ -18,7 +19,7 @@ def linear(blocks: Blocks, weights: Weights | None = None, *, weight: Weights, n
 
 def divide(weight: Weights, *, normalize: bool) -> Weights:
     """The weights over their sum. Raises ValueError where that is zero."""
-    total = math.fsum(weight) if normalize else 1.0
-    if total == 0:
+    if normalize and cancel(weight):
         raise ValueError(f"linear with the weights {list(weight)}, which add up to zero: their mean is not defined")
+    total = math.fsum(weight) if normalize else 1.0
     return tuple(one / total for one in weight)

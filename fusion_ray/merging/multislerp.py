@@ -9,6 +9,7 @@ import numpy as np
 
 from fusion_ray.merging.blocks import Blocks, Doubles, TensorMerge, Weights
 from fusion_ray.merging.gram import gram_matrix
+from fusion_ray.merging.parameters import cancel
 from fusion_ray.merging.sphere import combination, directions, length, step
 
 
@@ -32,10 +33,9 @@ def multislerp(
 
 def coefficients(gram: Doubles, weight: Weights, *, normalize_weights: bool, eps: float) -> Weights:
     """What each target, or its task vector, is multiplied by, from their inner products (M, M)."""
-    total = math.fsum(weight) if normalize_weights else 1.0
-    if total == 0:
+    if normalize_weights and cancel(weight):
         raise ValueError(f"multislerp with the weights {list(weight)}, which add up to zero: their mean is not defined")
-    shares = np.asarray(weight, np.float64) / total
+    shares = np.asarray(weight, np.float64) / (math.fsum(weight) if normalize_weights else 1.0)
     norms, cosines = directions(gram)
     there = norms > eps
     of_directions = shares * there

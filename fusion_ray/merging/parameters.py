@@ -6,11 +6,12 @@ fields of config.MergeMethod.
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 Value = bool | int | float | str
+_CANCELS = 1e-6  # float32 holds no more of what is divided
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ METHOD_PARAMETERS: dict[str, Takes] = {
     "task_arithmetic": Takes("needed", (_WEIGHT, _normalize(False), _SCALE)),
     "ties": Takes("needed", (_WEIGHT, _DENSITY, _normalize(True), _SCALE)),
     "dare_linear": Takes("needed", (_WEIGHT, _DENSITY, _normalize(False), _SCALE, *_CHANCE)),
-    "dare_ties": Takes("needed", (_WEIGHT, _DENSITY, _normalize(True), _SCALE, *_CHANCE)),
+    "dare_ties": Takes("needed", (_WEIGHT, _DENSITY, _normalize(False), _SCALE, *_CHANCE)),
     **dict.fromkeys(
         ("breadcrumbs", "breadcrumbs_ties"),
         Takes("needed", (_WEIGHT, _DENSITY, Parameter("gamma", 0.01, per_model=True), _normalize(False), _SCALE)),
@@ -174,11 +175,16 @@ def keyword_arguments(method: str, parameters: Mapping[str, object], *, base: bo
             "the merge method 'varm' takes no `temperature` at granularity `parameter`, where no ratio is shared: remove that key"
         )
     divided = parameters.get("normalize" if method == "linear" else "normalize_weights")
-    if method in ("linear", "multislerp") and divided and math.fsum(_numbers(parameters["weight"])) == 0:
+    if method in ("linear", "multislerp") and divided and cancel(_numbers(parameters["weight"])):
         raise ValueError(
             f"the merge method {method!r} divides by the sum of its weights, and {list(_numbers(parameters['weight']))} add up to zero: change a `weight`"
         )
     return {**parameters, "has_base": base} if takes(method).base == "optional" else dict(parameters)
+
+
+def cancel(weights: Sequence[float]) -> bool:
+    """Whether the sum of the weights is zero, or would be but for roundings (0.1, 0.2 and -0.3): what is divided by it is noise."""
+    return abs(math.fsum(weights)) <= _CANCELS * math.fsum(map(abs, weights))
 
 
 def _one_each(method: str, parameter: Parameter, value: object, targets: int) -> tuple[float, ...]:

@@ -15,7 +15,7 @@ from fusion_ray.checkpoints.reader import INDEX, Checkpoint
 from fusion_ray.config import ModelConfig, is_url
 from fusion_ray.merge_recipe import Recipe
 from fusion_ray.merge_yaml import resolved_yaml
-from fusion_ray.store import Artifact, Unit
+from fusion_ray.store import MANIFEST, Artifact, Unit
 from fusion_ray.workers.merge_plan import MergeJob
 from fusion_ray.workers.model_card import CARD, Ancestor, licence_of, merge_card
 
@@ -32,7 +32,7 @@ TEMPLATES = ("chat_template*", "additional_chat_templates/*")
 
 def is_read(name: str) -> bool:
     """Whether a merge reads a file of this name, relative to a model's folder: logs, pickled states and folders of checkpoints may change beside it."""
-    return _matches(name, (*OF_MODEL, *OF_TOKENIZER, *TEMPLATES, CARD, INDEX, "*.safetensors"))
+    return _matches(name, (*OF_MODEL, *OF_TOKENIZER, *TEMPLATES, CARD, MANIFEST, INDEX, "*.safetensors"))
 
 
 def index_unit(out: Artifact, units: Sequence[WorkUnit]) -> Iterator[Unit]:
@@ -74,7 +74,8 @@ def model_files(
 
 
 def _ancestors(out: Artifact, job: MergeJob, models: Sequence[Checkpoint]) -> list[Ancestor]:
-    """Keys are what the artefact's own key was computed from. A merge file's local folder has none: what tells it there are its times of change."""
+    """Keys are what the artefact's own key was computed from. A merge file's local folder has the key of what made it, where this program did: what tells
+    others there are their times of change."""
     found = []
     for number, ((name, place), model) in enumerate(zip(job.models, models, strict=True)):
         is_base = number == (job.files_of if job.recipe is None else job.recipe.base)
@@ -90,10 +91,20 @@ def _ancestors(out: Artifact, job: MergeJob, models: Sequence[Checkpoint]) -> li
                 reference=given.path if isinstance(given, ModelConfig) and not local else None,
                 revision=given.revision or _commit(place) if isinstance(given, ModelConfig) else None,
                 licence=licence_of(model),
-                key="" if local and job.recipe is not None else key,
+                key=_made_by(model.files) if local and job.recipe is not None else key,
             )
         )
     return found
+
+
+def _made_by(files: Files) -> str:
+    """The key of the artefact or merge of this program that the folder is; empty where it is none."""
+    try:
+        found = json.loads(files.read(MANIFEST))
+    except (OSError, ValueError):
+        return ""
+    given = found.get("key") if isinstance(found, dict) and {"stage", "units"} <= set(found) else None
+    return given if isinstance(given, str) else ""
 
 
 def _is_local(model: ModelConfig) -> bool:

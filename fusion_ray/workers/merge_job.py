@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 REPORT = "merge_report.json"
 CHANGES = "changes.json"  # of a target's statistics, an artefact of its own
-REUSED = "reused.json"  # which statistics the last run found; no unit: equal merges have equal units, however they came about
+REUSED = "reused.json"  # {"reused": the targets not measured again}; stays, and is no unit: equal merges have equal units, however they came about
 
 # What does the units: calls the function on each item, anywhere and in any order, and yields as they finish.
 Spread = Callable[[Callable[[WorkUnit], None], Sequence[WorkUnit]], Iterator[None]]
@@ -66,12 +66,15 @@ def run_merge(
     if out.sealed and replace is None:
         return out.manifest()
     models, plan = check_job(job)
+    for warning in plan.warnings:
+        logger.warning("merge: %s", warning)
     _check_room(out, plan.units)
 
     done = _Progress(report, 2 * len(plan.units))
-    changes = _measured(out, job, models, plan, spread, done, statistics)
+    changes, reused = _measured(out, job, models, plan, spread, done, statistics)
     if replace is not None:
         replace()
+    out.write_json(REUSED, {"reused": reused})
     weights = _weights(plan, changes)
     unmerged = [unit for unit in plan.units if out.unit(unit.file) is None]
     done.skip(len(plan.units) - len(unmerged))
@@ -97,8 +100,8 @@ def _measured(
     spread: Spread,
     done: "_Progress",
     statistics: Statistics,
-) -> dict[str, Changes]:
-    """The first pass over all shards, for the targets whose statistics are not there yet."""
+) -> tuple[dict[str, Changes], list[str]]:
+    """The first pass over all shards, for the targets whose statistics are not there yet; the names of those whose are."""
     places: dict[int, Artifact] = {}
     names: dict[int, str] = {}
     if plan.alike and plan.keeps_names:
@@ -113,17 +116,15 @@ def _measured(
     kept = {target: _kept(place, merged) for target, place in places.items()}
     known = {target: found for target, found in kept.items() if found is not None}
     missing = tuple(target for target in plan.targets if target not in known)
+    reused = [names[target] for target in known]
     if known:
-        logger.info("merge: statistics of %s reused", ", ".join(names[target] for target in known))
-    if places:
-        out.write_json(REUSED, {"reused": [names[target] for target in known]})
+        logger.info("merge: statistics of %s reused", ", ".join(reused))
     unmeasured = [unit for unit in plan.units if missing and not out.exists(statistics_name(unit, missing))]
     done.skip(len(plan.units) - len(unmeasured))
     try:
         done.follow(spread(MeasureUnit(job, out, plan.recipes, missing), unmeasured), phase="measure")
     except MergeError:
         out.remove(STATISTICS)  # models that do not merge leave nothing behind
-        out.remove(REUSED)
         raise
     found: dict[str, Changes] = {}
     for unit in plan.units if missing else ():
@@ -132,7 +133,7 @@ def _measured(
         known[target] = {name: change.of(at) for name, change in found.items() if at < change.targets}
         if target in places:
             _keep(places[target], known[target])
-    return {name: _joined([known[t][name] for t in plan.targets if name in known[t]]) for name in known[0]}
+    return {name: _joined([known[t][name] for t in plan.targets if name in known[t]]) for name in known[0]}, reused
 
 
 def _kept(place: Artifact, names: Sequence[str]) -> dict[str, Changes] | None:

@@ -8,7 +8,7 @@ from fusion_ray.checkpoints.gates import check_compatible, check_shapes, compare
 from fusion_ray.checkpoints.plan import PlannedTensor, WorkUnit, plan_units
 from fusion_ray.checkpoints.reader import Checkpoint, open_checkpoint
 from fusion_ray.config import ModelConfig, is_url
-from fusion_ray.merge_recipe import Recipe, tensor_recipes
+from fusion_ray.merge_recipe import Recipe, tensor_recipes, unmatched_filters
 from fusion_ray.merging.parameters import complete_parameters
 from fusion_ray.merging.recipe import TensorRecipe
 from fusion_ray.models import local_folder
@@ -55,6 +55,7 @@ class MergePlan:
     tied: tuple[str, ...]
     config_differences: dict[str, dict[str, object]]
     units: tuple[WorkUnit, ...]
+    warnings: tuple[str, ...] = ()  # settings that do nothing
 
     @property
     def targets(self) -> tuple[int, ...]:
@@ -89,7 +90,26 @@ def plan_merge(job: MergeJob, models: Models) -> MergePlan:
         names = [[name for name in model.tensors if name not in tied] for model in models.checkpoints]
         recipes = {recipe.name: recipe for recipe in tensor_recipes(job.recipe, names)}
         check_shapes(models.checkpoints, list(recipes.values()))
-    return MergePlan(recipes, tied, differences, _shards(job, models.checkpoints, recipes))
+    return MergePlan(recipes, tied, differences, _shards(job, models.checkpoints, recipes), _warnings(job, recipes))
+
+
+def _warnings(job: MergeJob, recipes: Recipes) -> tuple[str, ...]:
+    found = [] if job.recipe is None else unmatched_filters(job.recipe, list(recipes))
+    if any(
+        recipe.method == "sce" and len(recipe.models) == 1 and _selects(recipe.parameters)
+        for recipe in recipes.values()
+    ):
+        found.append(
+            "sce with one target selects nothing: one target has no variance over the targets, and the result is the base; give several targets, or "
+            "select_topk 1"
+        )
+    return tuple(found)
+
+
+def _selects(parameters: Mapping[str, object]) -> bool:
+    """The released code leaves in what is not selected."""
+    share = parameters.get("select_topk")
+    return isinstance(share, float) and share < 1 and parameters.get("variant") != "fusechat_release"
 
 
 def _uniform(name: str, method: str, targets: int, parameters: Mapping[str, object]) -> TensorRecipe:

@@ -47,7 +47,8 @@ class Models:
         if self.max_bytes_in_flight < least:
             raise MergeError(
                 f"max_bytes_in_flight is {self.max_bytes_in_flight}: merging {len(self.checkpoints)} models in {self.threads} "
-                f"thread{'s' if self.threads > 1 else ''} takes at least {least}: raise it"
+                f"thread{'s' if self.threads > 1 else ''} takes at least {least}: raise it "
+                "(merge.max_bytes_in_flight of a run, --max-bytes-in-flight of the command `merge`), or merge in fewer threads"
             )
 
 

@@ -14,9 +14,9 @@ PURE = ("logprobs", "alignment", "losses", "merging", "judging")
 
 # Imports point down only: a part may import parts of a lower number, and itself. A new part must be given its place here.
 LEVELS = {
-    **dict.fromkeys(("config", "records"), 0),
+    **dict.fromkeys(("config", "records", "places"), 0),
     **dict.fromkeys((*PURE, "store", "models"), 1),
-    **dict.fromkeys(("corpus", "checkpoints", "graph", "report", "merge_file", "merge_recipe"), 2),
+    **dict.fromkeys(("corpus", "checkpoints", "graph", "report", "merge_file", "merge_recipe", "merge_template"), 2),
     **dict.fromkeys(("merge_yaml", "find_artifact", "tokens"), 3),
     **dict.fromkeys(("workers", "zoo", "schedule"), 4),
     **dict.fromkeys(("stages", "progress", "merge_folder", "inspect_artifact", "exchange"), 5),

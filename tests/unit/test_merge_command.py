@@ -13,6 +13,7 @@ import yaml
 from fusion_ray import merge_command
 from fusion_ray.checkpoints.reader import Checkpoint
 from fusion_ray.merge_yaml import load_recipe
+from fusion_ray.models import fingerprint_model
 from fusion_ray.store import file_sha256
 from fusion_ray.workers import merge_units
 from fusion_ray.workers.model_card import front_matter
@@ -104,7 +105,7 @@ def test_the_card_and_the_report_name_no_path_and_the_manifest_tells_the_truth(t
         assert str(tmp_path) not in (tmp_path / "out" / name).read_text()
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     listed = {unit["name"]: (unit["sha256"], unit["bytes"]) for unit in manifest["units"]}
-    files = [path for path in (tmp_path / "out").iterdir() if path.name != "manifest.json"]
+    files = [path for path in (tmp_path / "out").iterdir() if path.name not in ("manifest.json", "reused.json")]
     assert listed == {file.name: (file_sha256(file), file.stat().st_size) for file in files}
 
 
@@ -129,6 +130,19 @@ def test_roles_and_hub_ids_in_the_card(tmp_path: Path, monkeypatch: Patch) -> No
     merge(write_merge(tmp_path / "mean.yml", "linear", {"base": {}, "maths": {}}), tmp_path / "mean")
     card = (tmp_path / "mean" / "README.md").read_text()
     assert card.count("| merged | a local folder |") == 2, "a mean has no base"
+
+
+def test_a_folder_that_this_program_made_has_its_key_in_the_card(tmp_path: Path) -> None:
+    write_models(tmp_path, "base", "maths", "poems", "code")
+    made = merge(varm_of(tmp_path, "maths", "poems"), tmp_path / "fused").manifest
+    (tmp_path / "code" / "manifest.json").write_text('{"key": "another program\'s"}')
+    merge(varm_of(tmp_path, "fused", "code"), tmp_path / "out")
+    rows = [line for line in (tmp_path / "out" / "README.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert rows == [
+        f"| fused | merged | a local folder |  | unknown | `{made.key[:12]}` |",
+        "| code | merged | a local folder |  | unknown |  |",
+        "| base | base | a local folder |  | unknown |  |",
+    ]
 
 
 def test_equal_merges_have_equal_cards_wherever_their_models_lie(tmp_path: Path) -> None:
@@ -388,6 +402,25 @@ def test_goes_on_where_it_was_killed(tmp_path: Path, moment: str) -> None:
     assert hashes(out) == hashes(tmp_path / "undisturbed")
 
 
+def test_a_kept_shard_that_was_damaged_meanwhile_is_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A power cut may leave a file of the right size that was never filled."""
+    write_models(tmp_path, "base", "maths", "poems")
+    path, out = varm_of(tmp_path, "maths", "poems", dtype="float32"), tmp_path / "out"
+    run_and_kill("before the manifest", path, out)
+    damaged, kept = out / "model-00002-of-00004.safetensors", "model-00001-of-00004.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-100] + bytes(100))
+    before = snapshot(out)
+    merge(path, out)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"merge: {damaged} was changed since it was written: it is made again"
+    ]
+    assert snapshot(out)[kept] == before[kept]
+    merge(path, tmp_path / "undisturbed")
+    assert hashes(out) == hashes(tmp_path / "undisturbed")
+
+
 def test_killed_while_it_replaced_another_merge(tmp_path: Path) -> None:
     write_models(tmp_path, "base", "maths", "poems")
     path, out = varm_of(tmp_path, "maths", "poems", dtype="float32"), tmp_path / "out"
@@ -488,6 +521,9 @@ def test_reused_statistics_change_nothing(tmp_path: Path, monkeypatch: Patch) ->
     monkeypatch.setenv("FUSION_RAY_CACHE", str(tmp_path / "empty"))
     assert merge(path, tmp_path / "alone").reused == ()
     assert hashes(tmp_path / "reused") == hashes(tmp_path / "alone")
+    said = [json.loads((tmp_path / name / "reused.json").read_text()) for name in ("reused", "alone")]
+    assert said == [{"reused": ["maths"]}, {"reused": []}]
+    assert fingerprint_model(str(tmp_path / "reused")) == fingerprint_model(str(tmp_path / "alone"))
 
 
 def test_a_model_that_changed_is_measured_again(tmp_path: Path, measured: list[str]) -> None:

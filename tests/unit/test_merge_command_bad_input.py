@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fusion_ray import merge_command
 from fusion_ray.config import ConfigError
 from fusion_ray.merge_command import read_bytes
 from tests.folders import moved, random_tensors, write_model
@@ -83,8 +84,8 @@ def test_another_architecture(tmp_path: Path, capsys: Capture) -> None:
         capsys,
         varm_of(tmp_path, "a"),
         code=1,
-        says='model \'a\': `model_type` in HERE/a/config.json is "qwen3", the pivot\'s is "llama" (HERE/base): only models of one architecture merge; make '
-        "every target from this pivot",
+        says="model 'a': `model_type` in HERE/a/config.json is \"qwen3\", the pivot's (model 'base', HERE/base/config.json) is \"llama\": only models of one "
+        "architecture merge; make every target from this pivot, or mend the config.json that is wrong",
     )
 
 
@@ -169,9 +170,76 @@ def test_a_model_that_is_not_there(tmp_path: Path, capsys: Capture) -> None:
         capsys,
         varm_of(tmp_path, "b/c/d"),
         code=2,
-        says="there is no model at 'HERE/b/c/d': it is not a folder here, and the hub does not give it (HFValidationError). Give a local folder, an "
-        "object-store URL, or a hub id that you may read",
+        says="`models.0.model`: there is no model at 'HERE/b/c/d': it is not a folder here, and the hub does not give it (HFValidationError). Give a local "
+        "folder, an object-store URL, or a hub id that you may read",
     )
+
+
+def test_a_misspelt_folder_while_the_hub_cannot_be_reached(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
+    class NoAnswerError(Exception):  # the HTTP library's, whichever the hub's client uses
+        pass
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise NoAnswerError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    write_models(tmp_path, "base", "a")
+    says = (
+        "`{}`: there is no model at 'trget1': it is not a folder here, and the hub cannot be reached to look for it there (NoAnswerError: [Errno -2] Name or "
+        "service not known). Give a local folder, an object-store URL, or a hub id that you may read"
+    )
+    refused(capsys, varm_of(tmp_path, "a", "trget1"), code=2, says=says.format("models.1.model"))
+    path = write_merge(tmp_path / "m.yml", "varm", {"a": {}}, base_model="trget1")
+    refused(capsys, path, code=2, says=says.format("base_model"))
+    path = write_merge(tmp_path / "m.yml", "varm", {"a": {}}, base_model="base", tokenizer_source="trget1")
+    refused(capsys, path, code=2, says=says.format("tokenizer"))
+
+
+URLS = (
+    "give the URL of a model folder that this machine may read, such as s3://bucket/model (credentials come from the environment), or a folder of this "
+    "machine"
+)
+
+
+def test_a_url_that_leads_nowhere(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
+    write_models(tmp_path, "base", "a")
+    says = f"`models.0.model`: cannot read foo://x (ValueError: Protocol not known: foo): {URLS}"
+    refused(capsys, varm_of(tmp_path, "foo://x", "a"), code=2, says=says)
+
+    class NoCredentialsError(Exception):
+        pass
+
+    def refuse(*_: object, **__: object) -> None:
+        raise NoCredentialsError("Unable to locate credentials")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.find", refuse)
+    says = f"`models.1.model`: cannot read memory://x/y (NoCredentialsError: Unable to locate credentials): {URLS}"
+    refused(capsys, varm_of(tmp_path, "a", "memory://x/y"), code=2, says=says)
+
+
+def test_a_link_that_leads_nowhere(tmp_path: Path, capsys: Capture) -> None:
+    write_models(tmp_path, "base", "a")
+    (tmp_path / "a" / "model.safetensors").unlink()
+    (tmp_path / "a" / "model.safetensors").symlink_to("../blobs/0123")
+    refused(
+        capsys,
+        varm_of(tmp_path, "a"),
+        code=2,
+        says="`models.0.model`: cannot read HERE/a/model.safetensors: it is a link to ../blobs/0123, which is not there: download the model again, or copy it "
+        "with what its links lead to",
+    )
+
+
+def test_an_error_of_any_kind_leaves_nothing(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
+    write_models(tmp_path, "base", "a")
+
+    def breaks(*_: object, **__: object) -> None:
+        raise AttributeError("a mistake of the program")
+
+    monkeypatch.setattr(merge_command, "run_merge", breaks)
+    code, _, err = command(capsys, varm_of(tmp_path, "a"), tmp_path / "out", *SMALL)
+    assert (code, "a mistake of the program" in err) == (1, True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_pickled_weights_are_not_read(tmp_path: Path, capsys: Capture) -> None:
@@ -309,7 +377,9 @@ def test_a_bound_that_holds_no_block(tmp_path: Path, capsys: Capture) -> None:
     code, _, err = command(capsys, varm_of(tmp_path, "a"), out, "--max-bytes-in-flight", "10KB", "--workers", "1")
     assert code == 1
     assert err.startswith("error: max_bytes_in_flight is 10000: merging 2 models in 1 thread takes at least ")
-    assert err.endswith(": raise it\n")
+    assert err.endswith(
+        ": raise it (merge.max_bytes_in_flight of a run, --max-bytes-in-flight of the command `merge`), or merge in fewer threads\n"
+    )
     assert not out.exists()
 
 

@@ -90,7 +90,7 @@ def test_slerp_over_ranges_of_layers(tmp_path: Path) -> None:
     # A slice of one layer is at the gradient's end; then a's 10, 11, 12 to b's 20, 21, 22.
     assert layer_values(tmp_path / "out") == pytest.approx([22, 10, (11 + 21) / 2, 22])
     found = values(tmp_path / "out")
-    assert [found[name] for name in OUTSIDE] == pytest.approx([10, 20, 20])
+    assert [found[name] for name in OUTSIDE] == [10, 10, 10]  # at the gradient's start
 
 
 def test_a_slice_of_one_model_beside_one_that_is_merged(tmp_path: Path) -> None:
@@ -132,8 +132,8 @@ def test_models_of_different_depth_stack_and_do_not_merge_whole(tmp_path: Path, 
     code, _, err = command(capsys, path, tmp_path / "whole", "--no-check")
     assert (code, err) == (
         1,
-        f"error: model 'b': `num_hidden_layers` in {tmp_path}/b/config.json is 2, the pivot's is 3 ({tmp_path}/a): only models of one architecture merge; "
-        "make every target from this pivot\n",
+        f"error: model 'b': `num_hidden_layers` in {tmp_path}/b/config.json is 2, the pivot's (model 'a', {tmp_path}/a/config.json) is 3: only models of one "
+        "architecture merge; make every target from this pivot, or mend the config.json that is wrong\n",
     )
 
 
@@ -203,7 +203,7 @@ def test_a_gradient_goes_over_the_layers(tmp_path: Path) -> None:
     merge(path, tmp_path / "out")
     assert layer_values(tmp_path / "out") == pytest.approx([10, 11 + 4, 12 + 10])
     found = values(tmp_path / "out")
-    assert [found[name] for name in OUTSIDE] == [10, 20, 20]  # embeddings as the first layer, the rest as the last
+    assert [found[name] for name in OUTSIDE] == [10, 10, 10]  # all as the first layer, as mergekit 0.1.5 has it
 
 
 def test_filters_choose_tensors_and_the_first_that_matches_counts(tmp_path: Path) -> None:
@@ -221,6 +221,41 @@ def test_filters_choose_tensors_and_the_first_that_matches_counts(tmp_path: Path
     assert layer_values(tmp_path / "out", "self_attn.q_proj.weight") == pytest.approx([11, 12, 13])
     found = values(tmp_path / "out")
     assert [found[name] for name in OUTSIDE] == pytest.approx([11, 11, 13])
+
+
+def test_a_filter_that_matches_no_tensor_is_told_once(
+    tmp_path: Path, capsys: Capture, caplog: pytest.LogCaptureFixture
+) -> None:
+    deep(tmp_path, "base", 10)
+    deep(tmp_path, "a", 20)
+    weight = [{"filter": "mpl", "value": 1}, {"filter": "mlp", "value": 0.5}, {"filter": "*", "value": 0.1}]
+    density = [{"filter": "self_atn", "value": 0.5}, {"value": 1}]
+    models: dict[str, dict[str, object]] = {"a": {"weight": weight}}
+    path = write_merge(tmp_path / "m.yml", "ties", models, base_model="base", parameters={"density": density})
+    assert command(capsys, path, tmp_path / "out", "--no-check")[0] == 0
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "merge: `parameters.density`: no tensor's name has the filter 'self_atn' in it: its value is used nowhere",
+        "merge: `models.0.parameters.weight`: no tensor's name has the filter 'mpl' in it: its value is used nowhere",
+    ]
+
+
+@pytest.mark.parametrize("variant", ["paper", "fusechat_release", "mergekit"])
+def test_sce_of_one_target_is_told_to_be_the_base(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, variant: str
+) -> None:
+    write_models(tmp_path, "base", "a")
+    for share, told in (
+        (0.1, int(variant != "fusechat_release")),
+        (1, 0),
+    ):  # the release leaves in what it does not select
+        caplog.clear()
+        settings = {"variant": variant, "select_topk": share}
+        path = write_merge(tmp_path / "m.yml", "sce", {"a": {}}, base_model="base", parameters=settings)
+        merge(path, tmp_path / f"out_{share}")
+        said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len([line for line in said if line.startswith("merge: sce with one target selects nothing")]) == told
+        merged, base = tensors_in(tmp_path / f"out_{share}"), tensors_in(tmp_path / "base")
+        assert all(torch.equal(merged[name], base[name]) for name in base) is bool(told)
 
 
 def test_a_model_s_own_setting_goes_before_the_merge_s(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def dare_ties(
     *,
     weight: list[float],
     density: list[float] | None = None,
-    normalize: bool = True,
+    normalize: bool = False,
     scale: float = 1.0,
     rescale: bool = True,
 ) -> Array:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusion_ray.checkpoints import direct
@@ -58,6 +58,7 @@ def test_any_order_with_more_chunks_than_memory(tmp_path, order):
     check(tmp_path / "file", data, write_pieces(tmp_path / "file", data, pieces))
 
 
+@settings(deadline=None)  # a disk takes its time
 @given(st.integers(1, 30_000), st.lists(st.integers(0, 30_000), max_size=30), st.randoms())
 def test_any_pieces(tmp_path_factory, size, cuts, random):
     data, path = some_bytes(size), tmp_path_factory.mktemp("direct") / "file"

@@ -40,15 +40,62 @@ def test_models_that_merge(tmp_path):
     [
         (
             {"model_type": "gpt_neox"},
-            r"`model_type` in .*target/config\.json is \"gpt_neox\", the pivot's is \"llama\"",
+            r"`model_type` in .*target/config\.json is \"gpt_neox\", the pivot's .* is \"llama\"",
         ),
-        ({"num_hidden_layers": 3}, r"`num_hidden_layers` .* is 3, the pivot's is 2"),
+        ({"num_hidden_layers": 3}, r"`num_hidden_layers` .* is 3, the pivot's .* is 2"),
     ],
 )
 def test_other_architecture(tmp_path, config, said):
     pivot = random_tensors(0)
     with pytest.raises(MergeError, match=said):
         check_compatible(*checkpoints(tmp_path, pivot, pivot, target_config=config))
+
+
+ROPE = {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}
+SCALED = {"rope_type": "linear", "factor": 2.0}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("pivot", "target"),
+    [
+        ({"rope_theta": 10000.0, "rope_scaling": None}, ROPE),
+        (ROPE, {"rope_theta": 10000}),
+        (ROPE, {}),  # a default that was not written
+        ({"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_parameters": {"rope_theta": 1e6, **SCALED}}),
+        ({"attention_bias": False, "head_dim": 4, **HEADS}, {"num_attention_heads": 4}),
+        ({"sliding_window": None}, {}),
+        ({"model_type": "qwen2", **HEADS, "sliding_window": 4096, "use_sliding_window": False}, {"model_type": "qwen2", **HEADS, "sliding_window": None}),
+        ({"model_type": "mistral", **HEADS, "sliding_window": 4096}, {"model_type": "mistral", **HEADS}),
+        ({"model_type": "their_own", "rope_theta": 10000.0, "attention_bias": False}, {"model_type": "their_own"}),
+        ({}, {"architectures": None}),
+    ],
+)  # fmt: skip
+def test_one_architecture_written_in_two_ways(tmp_path, pivot, target):
+    tensors = random_tensors(0)
+    for names in ({"pivot_config": pivot, "target_config": target}, {"pivot_config": target, "target_config": pivot}):
+        check_compatible(*checkpoints(tmp_path, tensors, tensors, **names))
+
+
+@pytest.mark.parametrize(
+    ("pivot", "target", "said"),
+    [
+        (ROPE, {"rope_theta": 1e6}, r"`rope_theta` in .*target/config.json is 1000000.0, the pivot's .*/config.json\) is 10000.0"),
+        ({"rope_theta": 1e6}, {}, r"`rope_theta` in .*target/config.json is not set, which means 10000.0, .* is 1000000.0"),
+        ({}, {"rope_theta": 1e6}, r"`rope_theta` in .* is 1000000.0, the pivot's \(model 'pivot', .* is not set, which means 10000.0: only"),
+        (ROPE, {"rope_scaling": SCALED}, r"`rope_scaling` in .* is \{.*linear.*\}, .* is not set: only"),
+        ({}, {"sliding_window": 4096}, r"`sliding_window` in .* is 4096, the pivot's .* is not set: only"),
+        ({"model_type": "mistral", **HEADS}, {"model_type": "mistral", **HEADS, "sliding_window": None}, "`sliding_window` in .* is null, .* means 4096"),
+        ({}, {"attention_bias": True}, r"`attention_bias` in .* is true, the pivot's .* is not set, which means false"),
+        (HEADS, {"num_attention_heads": 4, "num_key_value_heads": 2}, r"`num_key_value_heads` in .* is 2, the pivot's .* is 4"),
+        ({"num_attention_heads": 4}, {**HEADS, "num_key_value_heads": 2}, r"`num_key_value_heads` in .* is 2, .* not set, which means 4: .* mend the config"),
+        ({"model_type": "their_own"}, {"model_type": "their_own", "rope_theta": 1e6}, r"`rope_theta` in .* is 1000000.0, .* which means 10000.0"),
+    ],
+)  # fmt: skip
+def test_a_key_that_one_config_lacks_means_its_default(tmp_path, pivot, target, said):
+    tensors = random_tensors(0)
+    with pytest.raises(MergeError, match=said):
+        check_compatible(*checkpoints(tmp_path, tensors, tensors, pivot_config=pivot, target_config=target))
 
 
 def test_missing_tensor(tmp_path):

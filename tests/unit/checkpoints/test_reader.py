@@ -93,6 +93,45 @@ def test_damaged_header(tmp_path):
         open_checkpoint(str(folder), model="t")
 
 
+def test_a_link_that_leads_nowhere(tmp_path):
+    folder = write_model(tmp_path, random_tensors(0))
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("blobs/0123")
+    with pytest.raises(
+        MergeError,
+        match=r"model 't': cannot read .*/model\.safetensors: it is a link to blobs/0123, which is not there",
+    ):
+        open_checkpoint(str(folder), model="t")
+    with pytest.raises(
+        MergeError, match=r"model 't': cannot read foo://x \(ValueError: Protocol not known: foo\): give the URL"
+    ):
+        open_checkpoint("foo://x", model="t")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[1, 2]",
+        "3",
+        '{"x": 3}',
+        '{"x": {"dtype": "BF16"}}',
+        '{"x": {"dtype": 3, "shape": [1], "data_offsets": [0, 2]}}',
+        '{"x": {"dtype": "BF16", "shape": [1], "data_offsets": [0]}}',
+        '{"x": {"dtype": "BF16", "shape": [-1], "data_offsets": [0, 2]}}',
+        '{"x": {"dtype": "BF16", "shape": ["a"], "data_offsets": [0, 2]}}',
+        '{"x": {"dtype": "BF16", "shape": 1, "data_offsets": [0, 2]}}',
+        '{"a": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}, "x": {"dtype": "BF16", "shape": [1], "data_offsets": "02"}}',
+    ],
+)
+def test_a_header_of_another_form(tmp_path, header):
+    folder = write_model(tmp_path, random_tensors(0))
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode() + b"\0\0")
+    with pytest.raises(
+        MergeError, match=r"model 't': .*/model\.safetensors has a damaged header \(.* expected\): down"
+    ):
+        open_checkpoint(str(folder), model="t")
+
+
 def test_missing_shard(tmp_path):
     folder = write_model(tmp_path, random_tensors(0), shards=3)
     (folder / "model-00002-of-00003.safetensors").unlink()
@@ -127,6 +166,18 @@ def test_no_safetensors(tmp_path):
         open_checkpoint(str(folder), model="t")
     with pytest.raises(MergeError, match=r"cannot read .*config\.json"):
         open_checkpoint(str(tmp_path / "nowhere"), model="t")
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_a_folder_with_an_adapter_alone(tmp_path, with_config):
+    folder = write_model(tmp_path, random_tensors(0))
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    if not with_config:
+        (folder / "config.json").unlink()
+    said = r"model 't': .* holds only a LoRA adapter \(adapter_config\.json\), .* merge it into its model first \(peft's merge_and_unload"
+    with pytest.raises(MergeError, match=said):
+        open_checkpoint(str(folder), model="t")
 
 
 def test_quantised_types_are_refused(tmp_path):

@@ -81,7 +81,7 @@ def test_the_defaults() -> None:
         "task_arithmetic": plain,
         "ties": dense | {"normalize": True},
         "dare_linear": dense | chance,
-        "dare_ties": dense | chance | {"normalize": True},
+        "dare_ties": dense | chance,
         "breadcrumbs": dense | {"gamma": (0.01, 0.01)},
         "breadcrumbs_ties": dense | {"gamma": (0.01, 0.01)},
         "della": dense | chance | {"epsilon": (0.15, 0.15), "normalize": True},
@@ -139,6 +139,13 @@ def test_one_number_for_all_is_the_same_as_one_each(targets: int, method: str, v
         ("passthrough", {}, 3, ["'passthrough' takes one model, and 3 are given: take a method that merges"]),
         ("della", {"weight": 1, "density": 0.9}, 2, ["`density` 0.9 and `epsilon` 0.15", "density + epsilon below 1"]),
         ("varm", {"granularity": "parameter", "temperature": 1.0}, 2, ["no `temperature` at granularity `parameter`"]),
+        ("linear", {"weight": (0.1, 0.2, -0.3)}, 3, ["[0.1, 0.2, -0.3] add up to zero: change a `weight`"]),
+        (
+            "multislerp",
+            {"weight": (0.1, 0.2, -0.3)},
+            3,
+            ["'multislerp' divides by the sum of its weights", "add up to zero"],
+        ),
         ("linear", {"weight": (1, -1)}, 2, ["'linear' divides by the sum", "[1.0, -1.0] add up to zero"]),
     ],
 )

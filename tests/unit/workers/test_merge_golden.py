@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from fusion_ray.checkpoints.plan import natural_order
 from fusion_ray.merge_command import merge_file
+from tests.reference import merging as oracle
+from tests.unit.merging.test_oracles_golden import AT_MOST_AT_A_THRESHOLD, case_of, load
 
 GOLDEN = Path(os.environ.get("FUSION_RAY_GOLDEN", Path(__file__).parents[4] / "shared" / "golden"))
 TOLERANCE = 1e-6
@@ -72,10 +74,25 @@ def merge_golden(expected: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("expected", list(cases()), ids=lambda path: str(path.relative_to(GOLDEN)))
 def test_equals_the_expected_tensors(expected, tmp_path, monkeypatch):
     monkeypatch.setenv("FUSION_RAY_CACHE", str(tmp_path / "cache"))
+    case = case_of(expected)  # skips a file that says no settings
+    if case.method in oracle.RANDOM:
+        pytest.skip(f"{case.method} draws elements at random and the file does not say which")
     got, want = merge_golden(expected, tmp_path), load_file(expected)
     assert got.keys() == want.keys()
-    worst = max((float((got[name] - want[name]).abs().max()), name) for name in want)
-    assert worst[0] <= TOLERANCE, worst
+    base = load(expected.parent / case.base) if case.base else None
+    targets = [load(expected.parent / name) for name in case.targets]
+    for name, tensor in want.items():
+        wrong = ((got[name] - tensor).abs() > TOLERANCE).numpy()
+        if wrong.any() and base is not None:
+            # Which of two equal elements is selected at a threshold is not said by the file.
+            excused = oracle.at_a_threshold(
+                lambda pivot, moved: oracle.merge(case.method, pivot, moved, **case.parameters),
+                base[name],
+                [target[name] for target in targets],
+            )
+            assert excused.mean() <= AT_MOST_AT_A_THRESHOLD, (name, "hardly any position is decided")
+            wrong &= ~excused
+        assert not wrong.any(), (name, int(wrong.sum()), float((got[name] - tensor).abs().max()))
 
 
 @pytest.mark.golden
@@ -84,7 +101,10 @@ def test_equals_the_expected_tensors(expected, tmp_path, monkeypatch):
 def test_report_has_the_expected_weights(granularity, tmp_path, monkeypatch):
     monkeypatch.setenv("FUSION_RAY_CACHE", str(tmp_path / "cache"))
     for folder in golden_folders():
-        if not (folder / "varm_weights.json").exists():
+        if (
+            not (folder / "varm_weights.json").exists()
+            or not (folder / f"expected_varm_{granularity}.safetensors").exists()
+        ):
             continue
         merge_golden(folder / f"expected_varm_{granularity}.safetensors", tmp_path)
         report = json.loads((tmp_path / "out" / "merge_report.json").read_text())

@@ -265,20 +265,23 @@ from fusion_ray.config import ModelConfig
 from fusion_ray.store import Artifact
 from fusion_ray.workers.merge_job import merge_locally
 from fusion_ray.workers.merge_plan import MergeJob
-root, bound = sys.argv[1], int(sys.argv[2])
-places = tuple((name, ModelConfig(name=name, path=f"{root}/{name}")) for name in ("pivot", "maths"))
+root, bound, method, parameters = sys.argv[1], int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
+places = tuple((name, ModelConfig(name=name, path=f"{root}/{name}")) for name in ("pivot", "maths", "poems", "code"))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-merge_locally(Artifact(f"{root}/out", "merge", "k"), MergeJob(places, "sce", {}, "pivot", bound, 1 << 30), report=lambda progress: None)
+merge_locally(Artifact(f"{root}/out", "merge", "k"), MergeJob(places, method, parameters, "pivot", bound, 1 << 30), report=lambda progress: None)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-def test_memory_stays_near_the_bound_for_a_tensor_that_does_not_fit(tmp_path):
+@pytest.mark.parametrize(("method", "parameters"), [("sce", {}), ("ties", {"weight": 0.3, "density": 0.5})])
+def test_memory_stays_near_the_bound_for_a_tensor_that_does_not_fit(tmp_path, method, parameters):
+    """Three targets: one has no variance, and SCE then selects nothing."""
     tensor = {"w": torch.randn(6000, 1024).bfloat16()}
     write_model(tmp_path / "pivot", tensor)
-    write_model(tmp_path / "maths", moved(tensor, 1))
+    for seed, name in enumerate(("maths", "poems", "code")):
+        write_model(tmp_path / name, moved(tensor, seed + 1))
     run = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path), str(2 << 20)],
+        [sys.executable, "-c", MEASURE, str(tmp_path), str(2 << 20), method, json.dumps(parameters)],
         capture_output=True,
         text=True,
         check=True,
@@ -287,7 +290,7 @@ def test_memory_stays_near_the_bound_for_a_tensor_that_does_not_fit(tmp_path):
     grown = int(run.stdout) * 1024
     assert grown < 24 << 20, (
         f"{grown >> 20} MB"
-    )  # the two models alone are 47 MB in float32, what SCE makes of them five times that
+    )  # the four models alone are 98 MB in float32, what SCE makes of them five times that
 
 
 def test_the_fused_folder_loads_in_transformers(tmp_path):
