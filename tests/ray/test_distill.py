@@ -25,6 +25,10 @@ from tests.ray.distilling import UNDER_WAY, kill_a_driver, rows_of, steps, wait_
 pytestmark = pytest.mark.ray
 
 
+LINE = {"step", "steps", "epoch", "sft", "fusion", "distilled", "from_source", "learning_rate", "grad_norm"}
+LINE |= {"tokens_per_second", "peak_memory_bytes", "eta_seconds"}
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pivot, sealed align rows, and room for artefacts."""
@@ -116,10 +120,44 @@ def test_killed_driver_and_killed_worker_end_in_the_undisturbed_bytes(
         assert not out.exists("_work")
         assert out.read_bytes("model.safetensors") == outs[0].read_bytes("model.safetensors")
         assert out.read_bytes("training.json") == outs[0].read_bytes("training.json")
+        assert any(name.startswith("tensorboard/") for name in out.names())
+    last = json.loads(outs[0].read_bytes("metrics.jsonl").splitlines()[-1])
+    assert last.keys() >= LINE
     losses = [[json.loads(line)["sft"] for line in out.read_bytes("metrics.jsonl").splitlines()] for out in outs]
     assert losses[0] == losses[1] == losses[2]
     assert all(figures[-1]["done"] == figures[-1]["total"] == 160 for figures in seen)
     assert int(str(seen[1][0]["done"])) > 10  # the resumed branch did not start over
+
+
+def test_a_branch_that_has_no_room_waits_for_the_one_before_it(work: Path, cluster: None) -> None:
+    """Two workers of two CPUs each, of six: one branch at a time."""
+    times: list[list[float]] = [[], []]
+    failures: list[BaseException] = []
+
+    def branch(number: int) -> None:
+        try:
+            distill(
+                artifact(work, f"queued-{number}"),
+                Artifact(str(work / "rows"), "align", "rows"),
+                pivot=ModelConfig(name="pivot", path=str(work / "pivot")),
+                config=training.config(),
+                seed=7,
+                max_rejected=0.1,
+                resources=DistillResources(max_workers=2, cpus=2),
+                report=lambda figures: times[number].append(time.monotonic()),
+            )
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=branch, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    assert not failures
+    first, second = sorted(times)
+    assert first[-1] < second[0]
+    assert all(artifact(work, f"queued-{number}").sealed for number in range(2))
 
 
 def test_a_sealed_artefact_is_left_alone(work: Path, cluster: None) -> None:
