@@ -3,16 +3,19 @@
 Three runs of one task - undisturbed, driver killed, worker killed - must end in the same bytes.
 """
 
+import contextlib
 import json
 import os
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
 from fusion_ray.config import DistillConfig, DistillResources, ModelConfig, ResourcesConfig
 from fusion_ray.stages.cluster import connected
@@ -158,6 +161,29 @@ def test_a_branch_that_has_no_room_waits_for_the_one_before_it(work: Path, clust
     first, second = sorted(times)
     assert first[-1] < second[0]
     assert all(artifact(work, f"queued-{number}").sealed for number in range(2))
+
+
+def test_the_figures_of_a_step_are_ray_metrics(work: Path, cluster: None) -> None:
+    """As Prometheus reads them from the node."""
+    node = ray.nodes()[0]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    found: set[str] = set()
+
+    def look(figures: Mapping[str, object]) -> None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2) as page:  # it may not be up yet
+            found.update(line.split("{")[0] for line in page.read().decode().splitlines() if not line.startswith("#"))
+
+    distill(
+        artifact(work, "watched"),
+        Artifact(str(work / "rows"), "align", "rows"),
+        pivot=ModelConfig(name="pivot", path=str(work / "pivot")),
+        config=training.config(epochs=60, checkpoint_every=300, learning_rate=3e-4),
+        seed=7,
+        max_rejected=0.1,
+        resources=DistillResources(max_workers=1),
+        report=look,
+    )
+    assert {f"ray_fusion_ray_distill_{name}" for name in LINE - {"step", "steps"}} <= found
 
 
 def test_a_sealed_artefact_is_left_alone(work: Path, cluster: None) -> None:
